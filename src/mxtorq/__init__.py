@@ -1,0 +1,55 @@
+"""mxtorq: 4-bit MXFP4 (W4A4) quantization of large language models with rotations.
+
+The public names below are imported when they are first used, so that ``import mxtorq`` costs
+nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mxtorq.config import EvaluationPlan, Recipe, parse_method
+    from mxtorq.errors import MxtorqError
+    from mxtorq.formats.e8m0 import ScaleRule
+    from mxtorq.formats.mxfp4 import MXFP4
+    from mxtorq.loading.checkpoint import load
+    from mxtorq.pipeline import compare, evaluate, quantize
+    from mxtorq.transforms.torq.method import TORQ
+
+_HOMES = {
+    "EvaluationPlan": "mxtorq.config",
+    "MXFP4": "mxtorq.formats.mxfp4",
+    "MxtorqError": "mxtorq.errors",
+    "Recipe": "mxtorq.config",
+    "ScaleRule": "mxtorq.formats.e8m0",
+    "TORQ": "mxtorq.transforms.torq.method",
+    "compare": "mxtorq.pipeline",
+    "evaluate": "mxtorq.pipeline",
+    "load": "mxtorq.loading.checkpoint",
+    "parse_method": "mxtorq.config",
+    "quantize": "mxtorq.pipeline",
+}
+
+__all__ = [
+    "MXFP4",
+    "TORQ",
+    "EvaluationPlan",
+    "MxtorqError",
+    "Recipe",
+    "ScaleRule",
+    "compare",
+    "evaluate",
+    "load",
+    "parse_method",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'mxtorq' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

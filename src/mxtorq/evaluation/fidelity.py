@@ -1,0 +1,30 @@
+"""How far a quantized linear is from the original on the same inputs."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def output_error(
+    inputs: Float[Tensor, "tokens d"], pairs: Iterable[tuple[nn.Module, nn.Module]]
+) -> float:
+    """sum ||y - y_q||^2 / sum ||y||^2 over (original, quantized) linears that read ``inputs``.
+
+    Biases cancel in the numerator and are left out of the denominator. 0.0 where y is zero.
+    """
+    wrong = power = 0.0
+    for original, quantized in pairs:
+        plain = nn.functional.linear(inputs, original.weight.to(inputs.dtype))
+        bias = 0.0 if original.bias is None else original.bias
+        wrong += (quantized(inputs) - bias - plain).double().square().sum().item()
+        power += plain.double().square().sum().item()
+    return wrong / power if power else 0.0
+
+
+def sqnr_db(error: float) -> float:
+    """Signal to quantization noise of a relative squared error, in decibels."""
+    return math.inf if error == 0 else -10 * math.log10(error)

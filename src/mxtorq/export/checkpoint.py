@@ -1,0 +1,227 @@
+"""A checkpoint folder: written whole or not at all, and read with suspicion.
+
+    config.json                    transformers' configuration with ``quantization_config``
+    model.safetensors              packed weights, scales, and the unquantized tensors in BF16
+      (mxtorq-model.safetensors    the same where transforms must run: see `compressed_tensors`)
+    mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
+    mxtorq.json                    the manifest, with the SHA-256 of the files above
+    tokenizer files
+
+Everything is written into a hidden folder beside the target, which gets its name by one rename
+after the caller has verified it. Safetensors and JSON only.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mxtorq.errors import CheckpointError, OutputError
+from mxtorq.export.compressed_tensors import WEIGHTS_FILE
+from mxtorq.export.manifest import FILE, Manifest
+
+CONFIG = "config.json"
+TRANSFORMS = "mxtorq-transforms.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Contents:
+    """A checkpoint in memory."""
+
+    config: dict[str, Any]
+    manifest: Manifest
+    tensors: dict[str, Tensor]
+    transforms: dict[str, Tensor]
+
+
+def require_absent(out: Path) -> None:
+    """Refuse an output that exists or whose parent cannot be written, before any work.
+
+    Raises:
+        OutputError: so it is.
+    """
+    if out.exists() or out.is_symlink():
+        raise OutputError(
+            asked=f"a checkpoint in {out}",
+            found="a file or folder of that name",
+            why="nothing is overwritten or mixed with older files",
+            todo="name another folder, or remove that one",
+        )
+    existing = next(parent for parent in out.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(
+            asked=f"a checkpoint in {out}",
+            found=f"{existing}, which is no folder that you may write to",
+            why="the checkpoint is written beside its final place first",
+            todo="name a folder inside one that is yours",
+        )
+
+
+@contextmanager
+def output_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well.
+
+    On any exception, Ctrl-C included, it is removed and ``out`` does not come to be.
+
+    Raises:
+        OutputError: the disk is full or refuses, or ``out`` has appeared meanwhile.
+    """
+    require_absent(out)
+    made = _make_parents(out)
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        staging.chmod(0o755)
+        yield staging
+        for path in sorted(staging.iterdir()):
+            path.chmod(0o644)
+            _sync(path)
+        require_absent(out)
+        staging.rename(out)
+        _sync(out.parent)
+    except BaseException as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OutputError(
+                asked=f"a checkpoint in {out}",
+                found=f"{type(error).__name__}: {error}",
+                why="the files could not be written in full",
+                todo="free space on that disk or name another place; nothing was left behind",
+            ) from error
+        raise
+
+
+def write_files(
+    folder: Path,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    transforms: Mapping[str, Tensor],
+) -> dict[str, dict[str, Any]]:
+    """Write configuration and tensors into a folder; returns what the manifest says of the files.
+
+    Raises:
+        OutputError: the disk has less room than the tensors need.
+    """
+    needed = sum(t.numel() * t.element_size() for t in (*tensors.values(), *transforms.values()))
+    free = shutil.disk_usage(folder).free
+    if free < needed + 2**20:
+        raise OutputError(
+            asked=f"{needed / 1e6:.1f} MB in {folder.parent}",
+            found=f"{free / 1e6:.1f} MB free",
+            why="the checkpoint does not fit",
+            todo="free space on that disk or name another place; nothing was left behind",
+        )
+    weights = WEIGHTS_FILE[config["quantization_config"]["quant_method"]]
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    save_file(_plain(tensors), folder / weights, metadata={"format": "pt"})
+    names = [CONFIG, weights]
+    if transforms:
+        save_file(_plain(transforms), folder / TRANSFORMS, metadata={"format": "pt"})
+        names.append(TRANSFORMS)
+    return {name: _fingerprint(folder / name) for name in names}
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, last of all."""
+    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint of ours."""
+    return (folder / FILE).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest and check every file that it names.
+
+    Raises:
+        CheckpointError: there is none, or a file is missing, truncated or changed.
+    """
+    path = folder / FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            asked=f"the checkpoint {folder}",
+            found=f"{type(error).__name__}: {error}",
+            why=f"a checkpoint of mxtorq is a folder with a manifest {FILE}",
+            todo="name the folder that `mxtorq quantize` wrote",
+        ) from error
+    manifest = Manifest.from_json(text, str(path))
+    for name, expected in manifest.files.items():
+        found = _fingerprint(folder / name) if (folder / name).is_file() else "no such file"
+        if Path(name).name != name or found != expected:
+            raise CheckpointError(
+                asked=f"{name} of the checkpoint {folder}",
+                found=f"{found}, the manifest says {expected}",
+                why="the file is missing, truncated, changed, or outside of the folder",
+                todo="copy the checkpoint again, or quantize again",
+            )
+    return manifest
+
+
+def read_checkpoint(folder: Path) -> Contents:
+    """Read and check a whole checkpoint.
+
+    Raises:
+        CheckpointError: as `read_manifest`, or a file does not hold what it should.
+    """
+    manifest = read_manifest(folder)
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS_FILE[config["quantization_config"]["quant_method"]])
+        present = TRANSFORMS in manifest.files
+        transforms = load_file(folder / TRANSFORMS) if present else {}
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            asked=f"the checkpoint {folder}",
+            found=f"{type(error).__name__}: {error}",
+            why="its files are not what the manifest describes",
+            todo="copy the checkpoint again, or quantize again",
+        ) from error
+    # Copies: a memory-mapped tensor may lie unaligned, and sums over it can round differently.
+    return Contents(
+        config=config,
+        manifest=manifest,
+        tensors={name: tensor.clone() for name, tensor in tensors.items()},
+        transforms={name: tensor.clone() for name, tensor in transforms.items()},
+    )
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def _make_parents(out: Path) -> list[Path]:
+    """Create missing parents; returns them, innermost first, so that they can be taken back."""
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
+    for folder in reversed(made):
+        folder.mkdir()
+    return made
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,64 @@
+"""The compressed-tensors description of MXFP4 W4A4: what goes into config.json.
+
+Format ``mxfp4-pack-quantized`` of vllm-project/compressed-tensors (checked with 0.20): per linear P
+the tensors ``P.weight_packed`` uint8 [d_out, d/2], even element in the low nibble, and
+``P.weight_scale`` uint8 [d_out, d/32], E8M0; no global scale.
+
+A transform that stock engines would drop must stop them. A checkpoint without transforms carries
+``quant_method: compressed-tensors`` and stock engines run it. One with transforms carries
+``quant_method: mxtorq``, which vLLM refuses. transformers merely warns about a method that it does
+not know and fills the model with random weights, so the tensors also stand under a file name that
+it does not look for: it stops with an error instead.
+"""
+
+from typing import Any
+
+FORMAT = "mxfp4-pack-quantized"
+STOCK = "compressed-tensors"
+OWN = "mxtorq"
+
+_FORMAT_VERSION = "0.20.0"
+
+WEIGHTS_FILE = {STOCK: "model.safetensors", OWN: "mxtorq-model.safetensors"}
+"""The file with the tensors of each quant_method."""
+
+_MXFP4: dict[str, Any] = {
+    "num_bits": 4,
+    "type": "float",
+    "symmetric": True,
+    "strategy": "group",
+    "group_size": 32,
+    "scale_dtype": "torch.uint8",
+    "zp_dtype": None,
+    "observer_kwargs": {},
+    "actorder": None,
+    "block_structure": None,
+}
+
+
+def quantization_config(*, rotated: bool, ignore: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    Args:
+        rotated: whether any site has a transform that must run online.
+        ignore: linears that stay in BF16, by full name.
+    """
+    return {
+        "quant_method": OWN if rotated else STOCK,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "version": _FORMAT_VERSION,
+        "ignore": ignore,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "format": FORMAT,
+                "weights": {**_MXFP4, "dynamic": False, "observer": "memoryless_minmax"},
+                "input_activations": {**_MXFP4, "dynamic": True, "observer": None},
+                "output_activations": None,
+            }
+        },
+    }

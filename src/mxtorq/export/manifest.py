@@ -1,0 +1,96 @@
+"""The manifest: what a checkpoint is, how it was made, and what each site lost.
+
+A JSON file beside the tensors. It holds no time of day and no path, so that the same run gives the
+same bytes. Readers refuse versions and fields that they do not know instead of guessing.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from mxtorq.errors import CheckpointError
+
+FILE = "mxtorq.json"
+SCHEMA = "mxtorq.manifest"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteEntry:
+    """One transformed and quantized input and the linears that read it."""
+
+    site: str
+    linears: list[str]
+    width: int
+    kind: str
+    """The kind of its transform; its tensors are stored under the site's name."""
+    multiply_adds: int
+    """What the transform costs online for a token."""
+    output_error: float
+    """sum ||y - y_q||^2 / sum ||y||^2 over a sample of calibration tokens, W4A4 against the
+    unquantized linears on the same inputs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint but its tensors."""
+
+    method: str
+    """As on the command line, options included."""
+    options: dict[str, Any]
+    """All options of the method, defaults too."""
+    rounding: str
+    scale_rules: dict[str, str]
+    """``weights`` and ``activations``."""
+    seed: int
+    source: dict[str, Any]
+    """``model``, ``family``, ``baseline_dtype``, ``outliers``."""
+    calibration: dict[str, Any]
+    versions: dict[str, str]
+    sites: list[SiteEntry]
+    unfit: dict[str, int]
+    """Sites left in BF16 because their width is no multiple of 32, and that width."""
+    files: dict[str, dict[str, Any]]
+    """``sha256`` and ``bytes`` of every other file that holds tensors or the configuration."""
+
+    @property
+    def mean_output_error(self) -> float:
+        """The mean of `SiteEntry.output_error` over sites."""
+        return sum(entry.output_error for entry in self.sites) / max(1, len(self.sites))
+
+    def to_json(self) -> str:
+        content = {"schema": SCHEMA, "version": VERSION, **asdict(self)}
+        return json.dumps(content, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Self:
+        """Raises:
+        CheckpointError: not JSON, another schema or version, or other fields than this one's.
+        """
+        try:
+            content = json.loads(text)
+            schema, version = content.pop("schema"), content.pop("version")
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise _refuse(where, f"{type(error).__name__}: {error}", "it is damaged") from error
+        if (schema, version) != (SCHEMA, VERSION):
+            why = f"this release reads {SCHEMA} version {VERSION} only"
+            raise _refuse(where, f"schema {schema!r}, version {version!r}", why)
+        expected = {field.name for field in fields(cls)}
+        if set(content) != expected:
+            difference = sorted(set(content) ^ expected)
+            raise _refuse(where, f"missing or unknown fields {difference}", "it is not complete")
+        try:
+            sites = [SiteEntry(**entry) for entry in content.pop("sites")]
+        except TypeError as error:
+            raise _refuse(where, f"a site entry: {error}", "it is damaged") from error
+        return cls(sites=sites, **content)
+
+
+def _refuse(where: str, found: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        asked=f"the manifest {where}",
+        found=found,
+        why=why,
+        todo="load it with the release that wrote it (named under 'versions' in the file), or "
+        "quantize again",
+    )

@@ -1,0 +1,137 @@
+"""Tensors in MXFP4: blocks of 32 along the last axis, one E8M0 scale each (OCP MX v1.0, 6.3).
+
+    quantize        float -> packed codes and scale bytes         (what a checkpoint stores)
+    dequantize      packed codes and scale bytes -> float         (exact)
+    fake_quantize   float -> float, as if through both            (what an activation suffers)
+
+A block is scaled by an exact power of two and rounded once, so these functions equal the Fraction
+version in `reference` bit for bit. A block with NaN or Inf gets scale 255 and codes 0, and
+dequantizes to NaN; an all-zero block gets byte 0.
+
+The work goes through the tensor in chunks whose scratch fits a core's second-level cache: whole
+fresh temporaries cost several times more in page faults than in arithmetic. Bits do not depend on
+the chunk size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from mxtorq.errors import FormatError
+from mxtorq.formats import e2m1, e8m0
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.spec import BLOCK, E8M0_NAN
+
+CHUNK_BLOCKS = 2048
+"""Blocks that one step works on: 256 KiB of float32 scratch."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class MXFP4(NamedTuple):
+    """A tensor in MXFP4; its real shape is that of ``packed`` with the last axis doubled."""
+
+    packed: UInt8[Tensor, "*rows half"]
+    """Two element codes a byte, shape [..., d/2]."""
+    e8m0: UInt8[Tensor, "*rows blocks"]
+    """One biased scale exponent a block, shape [..., d/32]."""
+
+
+def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR) -> MXFP4:
+    """Round a float32, bfloat16 or float16 tensor to MXFP4.
+
+    Raises:
+        FormatError: the last axis is not a multiple of 32, or the dtype is not one of the three
+            (a float64 would be rounded twice; cast it yourself and say so).
+    """
+    blocks = _as_blocks(values)
+    packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=values.device)
+    scales = torch.empty(len(blocks), dtype=torch.uint8, device=values.device)
+    for start in range(0, len(blocks), CHUNK_BLOCKS):
+        here = slice(start, start + CHUNK_BLOCKS)
+        codes, scales[here] = _encode_blocks(blocks[here].float(), rule)
+        packed[here] = e2m1.pack(codes)
+    *rows, width = values.shape
+    return MXFP4(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
+
+
+def dequantize(quantized: MXFP4, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*rows d"]:
+    """The values of an MXFP4 tensor. Exact in float32 and bfloat16 up to their largest finite value
+    (a scale of 2^126 or more can make an element exceed it: that becomes Inf); NaN where the scale
+    byte is 255.
+
+    Raises:
+        FormatError: the two parts do not belong together, or a float16 was asked for (its range
+            cannot hold E8M0 scales).
+    """
+    packed, scales = quantized
+    if packed.shape[:-1] != scales.shape[:-1] or packed.shape[-1] * 2 != scales.shape[-1] * BLOCK:
+        raise FormatError(
+            asked="the values of an MXFP4 tensor",
+            found=f"packed codes {tuple(packed.shape)} and scales {tuple(scales.shape)}",
+            why="each scale byte belongs to 16 bytes of codes along the last axis",
+            todo="pass the two tensors of one weight",
+        )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise FormatError(
+            asked=f"MXFP4 values as {dtype}",
+            found="scales from 2^-127 to 2^127",
+            why="only float32, bfloat16 and float64 have that range",
+            todo="ask for one of them and cast afterwards",
+        )
+    rows, blocks = packed.reshape(-1, BLOCK // 2), scales.reshape(-1)
+    values = torch.empty(len(blocks), BLOCK, dtype=dtype, device=packed.device)
+    for start in range(0, len(blocks), CHUNK_BLOCKS):
+        here = slice(start, start + CHUNK_BLOCKS)
+        values[here] = _decode_blocks(e2m1.unpack(rows[here]), blocks[here])
+    return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
+
+
+def fake_quantize(
+    values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
+) -> Float[Tensor, "*rows d"]:
+    """`dequantize(quantize(values, rule))` in the dtype of ``values``, without the packed copy.
+
+    Raises:
+        FormatError: as `quantize`; float16 too, whose range cannot hold every result.
+    """
+    blocks = _as_blocks(values, (torch.float32, torch.bfloat16))
+    out = torch.empty_like(blocks)
+    for start in range(0, len(blocks), CHUNK_BLOCKS):
+        here = slice(start, start + CHUNK_BLOCKS)
+        out[here] = _decode_blocks(*_encode_blocks(blocks[here].float(), rule))
+    return out.view(values.shape)
+
+
+def _encode_blocks(
+    blocks: Float32[Tensor, "n 32"], rule: ScaleRule
+) -> tuple[UInt8[Tensor, "n 32"], UInt8[Tensor, " n"]]:
+    scales = e8m0.encode_amax(e8m0.magnitude_bits(blocks).amax(-1), rule)
+    codes = e2m1.encode(blocks * e8m0.decode_inverse(scales)[:, None])
+    return codes.masked_fill_((scales == E8M0_NAN)[:, None], 0), scales
+
+
+def _decode_blocks(
+    codes: UInt8[Tensor, "n 32"], scales: UInt8[Tensor, " n"]
+) -> Float32[Tensor, "n 32"]:
+    return e2m1.decode(codes) * e8m0.decode(scales)[:, None]
+
+
+def _as_blocks(values: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
+    if values.dtype not in dtypes:
+        raise FormatError(
+            asked="MXFP4 from a tensor",
+            found=f"dtype {values.dtype}",
+            why=f"only {', '.join(map(str, dtypes))} are rounded once and exactly here",
+            todo="cast to float32 first",
+        )
+    if values.dim() == 0 or values.shape[-1] % BLOCK or values.shape[-1] == 0:
+        raise FormatError(
+            asked="MXFP4 from a tensor",
+            found=f"shape {tuple(values.shape)}",
+            why=f"the last axis is cut into blocks of {BLOCK}",
+            todo=f"pad or choose a tensor whose last axis is a multiple of {BLOCK}",
+        )
+    return values.reshape(-1, BLOCK)

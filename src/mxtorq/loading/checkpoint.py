@@ -1,0 +1,123 @@
+"""mxtorq's checkpoints back into a module: the inverse of what `pipeline.quantize` wrote.
+
+The module is built without weights, the quantized linears are replaced by `MXFP4Linear` with the
+stored codes and transforms, and the other tensors are put in place. What runs is what was written:
+no code is re-derived.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxtorq.errors import CheckpointError, FormatError
+from mxtorq.export.checkpoint import Contents, read_checkpoint
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.loading.source import Source, compute_dtype, pick_device
+from mxtorq.models import FAMILIES
+from mxtorq.models.family import find_family
+from mxtorq.surgery.linear import MXFP4Linear
+from mxtorq.transforms import KINDS
+from mxtorq.transforms.base import Transform
+
+
+def load(path: str | Path, device: str = "auto") -> nn.Module:
+    """Read an mxtorq checkpoint as a transformers model that runs W4A4, on any device.
+
+    Args:
+        path: the folder that ``mxtorq quantize`` wrote.
+        device: ``auto``, ``cpu``, ``cuda``, ...
+
+    Raises:
+        CheckpointError: the folder is no checkpoint of ours, is damaged, or is of another version.
+    """
+    return load_checkpoint(path, pick_device(device)).model
+
+
+def load_checkpoint(path: str | Path, device: torch.device) -> Source:
+    """As `load`, with tokenizer and family."""
+    from transformers import AutoTokenizer
+
+    contents = read_checkpoint(Path(path))
+    model = build_model(contents, str(path)).to(device, compute_dtype(device))
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    family = find_family(contents.config, FAMILIES)
+    return Source(name=str(path), model=model, tokenizer=tokenizer, family=family)
+
+
+def build_model(contents: Contents, name: str) -> nn.Module:
+    """The module that a checkpoint describes, on the CPU, unquantized tensors in BF16."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = find_family(contents.config, FAMILIES)
+    plain = {k: v for k, v in contents.config.items() if k not in ("quantization_config", "dtype")}
+    config = AutoConfig.for_model(plain.pop("model_type"), **plain)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    # Its buffers are computed, not stored, so they are made again outside of `meta`.
+    rotary = model.get_submodule(family.rotary)
+    model.set_submodule(family.rotary, type(rotary)(config=config))
+
+    tensors = dict(contents.tensors)
+    for entry in contents.manifest.sites:
+        transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
+        for linear in entry.linears:
+            codes = MXFP4(
+                _take(tensors, f"{linear}.weight_packed"), _take(tensors, f"{linear}.weight_scale")
+            )
+            bias = tensors.pop(f"{linear}.bias", None)
+            rule = ScaleRule(contents.manifest.scale_rules["activations"])
+            _require_shape(model.get_submodule(linear), codes, linear)
+            model.set_submodule(linear, MXFP4Linear(codes, bias, transform, rule))
+    outcome = model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    still_empty = [key for key, value in model.state_dict().items() if value.is_meta]
+    if still_empty or outcome.unexpected_keys:
+        raise CheckpointError(
+            asked=f"the checkpoint {name}",
+            found=f"missing tensors: {still_empty[:3]}, unknown ones: {outcome.unexpected_keys[:3]}",
+            why="config.json, the manifest and the tensors describe different models",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
+    if key not in tensors:
+        raise CheckpointError(
+            asked=f"the tensor {key}",
+            found="a checkpoint without it",
+            why="the manifest lists its linear as quantized",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
+    tensor: torch.Tensor = tensors.pop(key)
+    return tensor
+
+
+def _require_shape(linear: nn.Module, codes: MXFP4, name: str) -> None:
+    rows, width = linear.out_features, linear.in_features
+    expected = (rows, width // 2), (rows, width // 32)
+    found = tuple(codes.packed.shape), tuple(codes.e8m0.shape)
+    if found != expected or {codes.packed.dtype, codes.e8m0.dtype} != {torch.uint8}:
+        raise CheckpointError(
+            asked=f"{name} with {rows} x {width} weights",
+            found=f"weight_packed {found[0]} and weight_scale {found[1]}, {codes.packed.dtype}",
+            why="MXFP4 keeps two codes a byte and one scale byte for 32 weights",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
+
+
+def _transform(kind: str, width: int, tensors: dict[str, torch.Tensor], site: str) -> Transform:
+    prefix = f"{site}."
+    parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    try:
+        return KINDS[kind].from_tensors(width, parts)
+    except (KeyError, FormatError) as error:
+        raise CheckpointError(
+            asked=f"the transform of {site}",
+            found=f"kind {kind!r} with the tensors {sorted(parts)}: {error}",
+            why=f"it is none of {', '.join(KINDS)}, or not whole",
+            todo="load it with the release that wrote it, or quantize again",
+        ) from error

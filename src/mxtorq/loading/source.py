@@ -1,0 +1,176 @@
+"""A Hugging Face model as something to quantize: its module, its tokenizer, its family.
+
+Weights are rounded to BF16 on reading, whatever the source stores: BF16 is the baseline that every
+result is compared with, and what a checkpoint keeps of the unquantized tensors. The module computes
+in float32 on a CPU, where BF16 arithmetic is missing or slow, and in BF16 on an accelerator.
+
+Nothing is trusted: safetensors only (a pickle can run code), no remote code, every tensor that the
+architecture needs must be there, and none may hold NaN or Inf.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mxtorq.errors import ModelError
+from mxtorq.models import FAMILIES
+from mxtorq.models.family import Family, find_family
+
+REFERENCE = "reference"
+"""The name of the model that travels with the package."""
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Source:
+    """A model to quantize or to evaluate."""
+
+    name: str
+    model: nn.Module
+    tokenizer: Any
+    family: Family
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def longest_window(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.config.max_position_embeddings)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is an accelerator where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """In which dtype a model runs on a device."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
+def load_source(name: str, device: torch.device) -> Source:
+    """Read a model by folder, hub id, or ``reference``.
+
+    Raises:
+        ModelError: it is missing or gated, of an unknown family, quantized already, damaged or
+            incomplete, or one of its weights is NaN or Inf.
+    """
+    if name == REFERENCE:
+        with as_file(files("mxtorq.embedded") / "model") as folder:
+            return _load(name, str(folder), device)
+    path = Path(name)
+    if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(name)):
+        raise ModelError(
+            asked=f"the model {name!r}",
+            found="no such folder, and no name of the form organisation/model",
+            why="a model is a folder with config.json and *.safetensors, or a hub id",
+            todo=f"check the path, or use {REFERENCE!r} for the model inside this package",
+        )
+    return _load(name, name, device)
+
+
+def _load(name: str, where: str, device: torch.device) -> Source:
+    family = _supported_family(name, _read_config(name, where))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=torch.bfloat16,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # transformers, hub and safetensors share no root
+        raise _unreadable(name, error) from error
+    missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if missing:
+        raise ModelError(
+            asked=f"the model {name!r}",
+            found=f"{len(missing)} tensors missing or of another shape, such as {missing[0]}",
+            why="they would be filled with random numbers",
+            todo="download the model again; every shard that its index names must be there",
+        )
+    _require_finite(name, model)
+    model = model.eval().requires_grad_(False).to(device, compute_dtype(device))
+    return Source(name=name, model=model, tokenizer=tokenizer, family=family)
+
+
+def _read_config(name: str, where: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(where, "config.json")
+        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
+    if not isinstance(config, dict):
+        raise _unreadable(name, TypeError("config.json holds no JSON object"))
+    return config
+
+
+def _supported_family(name: str, config: dict[str, Any]) -> Family:
+    family = find_family(config, FAMILIES)
+    if "quantization_config" in config:
+        method = (config["quantization_config"] or {}).get("quant_method")
+        raise ModelError(
+            asked=f"the model {name!r} unquantized",
+            found=f"a checkpoint that is quantized already (quant_method {method!r})",
+            why="rounding rounded weights again would add both errors",
+            todo="start from the original BF16 or FP16 model; `mxtorq evaluate` reads mxtorq's "
+            "own checkpoints",
+        )
+    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+        raise ModelError(
+            asked=f"the model {name!r}",
+            found=f"layer types {sorted(set(config['layer_types']))}",
+            why="calibration calls each layer with the first layer's attention mask, which is "
+            "right only when all layers attend to everything before them",
+            todo="use a model without sliding-window layers",
+        )
+    return family
+
+
+def _require_finite(name: str, model: nn.Module) -> None:
+    for parameter, values in model.named_parameters():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(
+                asked=f"the model {name!r}",
+                found=f"NaN or Inf in {parameter} (after rounding to BF16)",
+                why="a block with one such weight would become NaN as a whole",
+                todo="get an undamaged copy of the weights",
+            )
+
+
+def _unreadable(name: str, error: Exception) -> ModelError:
+    text = str(error)
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        todo = "accept the model's licence on its hub page and log in with `hf auth login`"
+    elif Path(name).is_dir():
+        todo = "the folder needs config.json, tokenizer.json and undamaged *.safetensors files"
+    else:
+        todo = "check the name and the network, or download the model and pass its folder"
+    return ModelError(
+        asked=f"the model {name!r}",
+        found=f"{type(error).__name__}: {text[:500]}",
+        why="its configuration, weights or tokenizer cannot be read",
+        todo=todo,
+    )

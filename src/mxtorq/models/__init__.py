@@ -1,0 +1,18 @@
+"""Where things are in a decoder: pure data, no torch.
+
+Lives here: what a family is (`family`) and one file a family (`llama`, `qwen3`).
+Does not live here: code that reads or changes a module.
+
+To add a family:
+1. Write its `Family` in a file under its name: the names of its modules, site by site.
+2. Put it into `FAMILIES`.
+3. Add a tiny random configuration of it to ``tests/tiny_models.py``; the surgery tests run over all.
+A family whose norms, attention or MLP compute something else than Llama's needs more than data.
+"""
+
+from mxtorq.models.family import Family
+from mxtorq.models.llama import LLAMA
+from mxtorq.models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN3)}
+"""The families that mxtorq knows, by name."""

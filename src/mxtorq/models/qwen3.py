@@ -1,0 +1,18 @@
+"""Qwen3, dense: Llama's plan with RMSNorms on queries and keys, and heads wider than the hidden size.
+
+The extra norms (``q_norm``, ``k_norm``) sit behind the projections and are no site's source.
+"""
+
+from mxtorq.models.family import GATED_DECODER_SITES, Family
+
+QWEN3 = Family(
+    name="qwen3",
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    layers="model.layers",
+    embedding="model.embed_tokens",
+    rotary="model.rotary_emb",
+    final_norm="model.norm",
+    head="lm_head",
+    sites=GATED_DECODER_SITES,
+)

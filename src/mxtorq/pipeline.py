@@ -1,0 +1,439 @@
+"""The story of one run: load, capture, fit, fuse, round, write, read back.
+
+    quantize    a model becomes a checkpoint that was read back and compared
+    evaluate    a model or a checkpoint gets its perplexity
+    compare     one model, many methods, one table: the baseline first
+
+Each step is a function from values to values; the order below is the order in which things happen
+to a model. Progress is a callback. Randomness comes from the recipe's seed alone.
+"""
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
+from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
+from mxtorq.config import EvaluationPlan, Recipe, method_name, method_options
+from mxtorq.errors import ModelError, UsageError, VerificationError
+from mxtorq.evaluation.fidelity import output_error
+from mxtorq.evaluation.perplexity import perplexity
+from mxtorq.export.checkpoint import (
+    is_checkpoint,
+    output_folder,
+    read_manifest,
+    require_absent,
+    write_files,
+    write_manifest,
+)
+from mxtorq.export.compressed_tensors import quantization_config
+from mxtorq.export.manifest import Manifest, SiteEntry
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.spec import BLOCK
+from mxtorq.loading.checkpoint import load_checkpoint
+from mxtorq.loading.source import Source, load_source, pick_device
+from mxtorq.models.family import Family, Site
+from mxtorq.reports.schema import Results, Row
+from mxtorq.rounding import ROUNDINGS
+from mxtorq.surgery.fuse import quantize_site_, unfit_sites
+from mxtorq.surgery.linear import MXFP4Linear, fused_weight
+from mxtorq.surgery.outliers import add_outliers_
+from mxtorq.transforms.base import SiteStatistics, Transform
+
+Progress = Callable[[str, int, int], None]
+"""(what is being done, steps done, steps in all)."""
+
+DEFAULT_SEQLEN = 2048
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """A progress callback that says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Quantized:
+    """What `quantize_` did to a model."""
+
+    transforms: dict[str, Transform]
+    """By site."""
+    sites: list[SiteEntry]
+    unfit: dict[str, int]
+
+
+def quantize(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Manifest:
+    """Quantize a model into a new folder, and prove that the folder holds what was computed.
+
+    Args:
+        model: a folder, a hub id, or ``reference``.
+        out: a folder that does not exist; it appears only when everything has succeeded.
+
+    Raises:
+        MxtorqError: with what to do; nothing is left behind.
+    """
+    require_absent(out)
+    source = load_model(model, recipe.outliers, recipe.seed, device)
+    windows = calibrate(source, recipe)
+    with output_folder(out) as folder:
+        quantized = quantize_(source, windows.ids, recipe, progress)
+        progress("write", 0, 1)
+        manifest = write_checkpoint(folder, source, quantized, recipe, windows)
+        progress("write", 1, 1)
+        progress("read back", 0, 1)
+        verify(folder, source, windows.ids[:1])
+        progress("read back", 1, 1)
+    return manifest
+
+
+def evaluate(
+    model: str,
+    plan: EvaluationPlan,
+    *,
+    outliers: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Results:
+    """The perplexity of a model, or of one of our checkpoints.
+
+    Raises:
+        MxtorqError: with what to do.
+    """
+    if not is_checkpoint(Path(model)):
+        source = load_model(model, outliers, seed, device)
+        row = evaluate_baseline(source, evaluation_data(source, plan), outliers, progress)
+        return Results(rows=(row,), versions=versions())
+    if outliers is not None:
+        raise UsageError(
+            asked=f"the outliers {outliers!r} in the checkpoint {model}",
+            found="quantized weights",
+            why="they cannot be rescaled exactly any more",
+            todo="pass --outliers to `quantize` instead",
+        )
+    source = load_checkpoint(model, pick_device(device))
+    manifest = read_manifest(Path(model))
+    windows = evaluation_data(source, plan)
+    row = replace(
+        evaluate_baseline(source, windows, manifest.source["outliers"], progress),
+        method=manifest.method,
+        options=manifest.options,
+        rounding=manifest.rounding,
+        scale_rule=manifest.scale_rules["activations"],
+        seed=manifest.seed,
+        site_error=manifest.mean_output_error,
+        multiply_adds_per_token=sum(entry.multiply_adds for entry in manifest.sites),
+    )
+    row.provenance.update(
+        model=manifest.source["model"], calibration=manifest.calibration, unfit=manifest.unfit
+    )
+    return Results(rows=(row,), versions=versions())
+
+
+def compare(
+    model: str,
+    recipes: Sequence[Recipe],
+    plan: EvaluationPlan,
+    *,
+    device: str = "auto",
+    progress: Progress = silent,
+) -> Results:
+    """Evaluate the baseline and every recipe on one model; baselines once for each outlier profile.
+
+    Raises:
+        MxtorqError: with what to do.
+    """
+    rows: list[Row] = []
+    drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
+    for outliers in dict.fromkeys(recipe.outliers for recipe in recipes):
+        group = [recipe for recipe in recipes if recipe.outliers == outliers]
+        source = load_model(model, outliers, group[0].seed, device)
+        windows = evaluation_data(source, plan)
+        rows.append(evaluate_baseline(source, windows, outliers, progress))
+        for recipe in group:
+            key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
+            if key not in drawn:
+                drawn[key] = calibrate(source, recipe)
+            rows.append(evaluate_recipe(source, recipe, drawn[key], windows, progress))
+    return Results(rows=tuple(rows), versions=versions())
+
+
+# The chapters.
+
+
+def load_model(model: str, outliers: str | None, seed: int, device: str) -> Source:
+    """The unquantized model, with the outliers that were asked for."""
+    source = load_source(model, pick_device(device))
+    if outliers is not None:
+        add_outliers_(source.model, source.family, outliers, seed)
+    return source
+
+
+def calibrate(source: Source, recipe: Recipe) -> Windows:
+    """The token windows that a recipe calibrates on."""
+    text = load_text(recipe.calibration, "calibration")
+    return calibration_windows(
+        text,
+        source.tokenizer,
+        seqlen=window_length(source, recipe.seqlen),
+        tokens=recipe.calibration_tokens,
+        seed=recipe.seed,
+    )
+
+
+def evaluation_data(source: Source, plan: EvaluationPlan) -> Windows:
+    """The token windows that a plan evaluates on."""
+    text = load_text(plan.text, "evaluation")
+    seqlen = window_length(source, plan.seqlen)
+    return evaluation_windows(text, source.tokenizer, seqlen=seqlen, tokens=plan.eval_tokens)
+
+
+def window_length(source: Source, asked: int | None) -> int:
+    """The window to use: the one asked for, or 2048 or the model's own limit if that is less.
+
+    Raises:
+        UsageError: the model was not made for a window that long.
+    """
+    longest = source.longest_window()
+    if asked is None:
+        return min(DEFAULT_SEQLEN, longest)
+    if asked < 2 or asked > longest:
+        raise UsageError(
+            asked=f"windows of {asked} tokens",
+            found=f"{source.name}, made for 2 to {longest} positions",
+            why="perplexity needs one token to predict from, and positions beyond the model's own "
+            "mean nothing to it",
+            todo=f"pass --seqlen {longest} or less",
+        )
+    return asked
+
+
+def quantize_(
+    source: Source, windows: Int64[Tensor, "n seqlen"], recipe: Recipe, progress: Progress
+) -> Quantized:
+    """Quantize a model in place, layer by layer: the quantized layer's output feeds the next."""
+    model, family = source.model, source.family
+    unfit = require_fit(source, recipe.allow_unfit)
+    layers = list(model.get_submodule(family.layers).children())
+    progress("quantize", 0, len(layers))
+    inputs = first_layer_inputs(model, family, windows)
+    transforms: dict[str, Transform] = {}
+    entries: list[SiteEntry] = []
+    for index, layer in enumerate(layers):
+        sites = {family.site_name(index, site): site for site in family.sites}
+        sites = {name: site for name, site in sites.items() if name not in unfit}
+        statistics = capture_sites(layer, sites, inputs, recipe.seed)
+        for name, site in sites.items():
+            transforms[name] = recipe.method.fit(statistics[name], recipe.seed)
+            error = round_site_(layer, site, transforms[name], statistics[name], recipe)
+            entries.append(_site_entry(family, index, site, transforms[name], error))
+        advance_(layer, inputs)
+        progress("quantize", index + 1, len(layers))
+    return Quantized(transforms=transforms, sites=entries, unfit=unfit)
+
+
+def round_site_(
+    layer: torch.nn.Module,
+    site: Site,
+    transform: Transform,
+    statistics: SiteStatistics,
+    recipe: Recipe,
+) -> float:
+    """Fuse, round and replace the linears of a site; returns the output error on the sample."""
+    originals = {path: layer.get_submodule(path) for path in site.linears}
+
+    def hessian() -> Tensor:
+        return transform.apply(transform.apply(statistics.hessian).T)
+
+    weights: dict[str, MXFP4] = {}
+    for path, linear in originals.items():
+        fused = fused_weight(linear, transform).float()
+        weights[path] = ROUNDINGS[recipe.rounding](fused, hessian, recipe.scale_rule)
+    quantize_site_(layer, site, transform, weights, recipe.scale_rule)
+    pairs = ((linear, layer.get_submodule(path)) for path, linear in originals.items())
+    return output_error(statistics.sample, pairs)
+
+
+def require_fit(source: Source, allow_unfit: bool) -> dict[str, int]:
+    """Sites that cannot hold MX blocks, if that is allowed.
+
+    Raises:
+        ModelError: there are some and they are not allowed, or no site is left.
+    """
+    unfit = unfit_sites(source.model, source.family, BLOCK)
+    sites = len(source.family.sites) * source.config.num_hidden_layers
+    if unfit and (not allow_unfit or len(unfit) == sites):
+        name, width = next(iter(unfit.items()))
+        raise ModelError(
+            asked=f"the model {source.name!r} in MXFP4 blocks of {BLOCK}",
+            found=f"{len(unfit)} of {sites} sites with another width, the first {name} "
+            f"({', '.join(_linears(source.family, name))}): {width}",
+            why=f"{width} is no multiple of {BLOCK}, and the format knows no partial block",
+            todo="pass --allow-unfit to keep those sites in BF16 and quantize the others"
+            if len(unfit) < sites
+            else "no site of this model can hold MXFP4; choose another model",
+        )
+    return unfit
+
+
+def write_checkpoint(
+    folder: Path, source: Source, quantized: Quantized, recipe: Recipe, windows: Windows
+) -> Manifest:
+    """Write everything that a checkpoint consists of into a folder."""
+    quantized_linears = {linear for entry in quantized.sites for linear in entry.linears}
+    linears = [n for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    ignore = sorted(name for name in linears if name not in quantized_linears)
+    rotated = any(entry.kind != "identity" for entry in quantized.sites)
+    config = json.loads(source.config.to_json_string())
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = quantization_config(rotated=rotated, ignore=ignore)
+    transforms = {
+        f"{site}.{part}": tensor
+        for site, transform in quantized.transforms.items()
+        for part, tensor in transform.tensors().items()
+    }
+    source.tokenizer.save_pretrained(folder)
+    manifest = Manifest(
+        method=method_name(recipe.method),
+        options=method_options(recipe.method),
+        rounding=recipe.rounding,
+        scale_rules={"weights": recipe.scale_rule, "activations": recipe.scale_rule},
+        seed=recipe.seed,
+        source={
+            "model": source.name,
+            "family": source.family.name,
+            "baseline_dtype": "bfloat16",
+            "outliers": recipe.outliers,
+        },
+        calibration=windows.record(),
+        versions=versions(),
+        sites=quantized.sites,
+        unfit=quantized.unfit,
+        files=write_files(folder, config, stored_tensors(source), transforms),
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def stored_tensors(source: Source) -> dict[str, Tensor]:
+    """The tensors of a quantized model as a checkpoint keeps them: floats in BF16, tied ones once."""
+    state: dict[str, Tensor] = source.model.state_dict()
+    if source.config.tie_word_embeddings:
+        state.pop(f"{source.family.head}.weight", None)
+    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+
+
+@torch.no_grad()
+def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> None:
+    """Read the checkpoint back and compare its logits with the model in memory, bit for bit.
+
+    Raises:
+        VerificationError: one logit differs.
+    """
+    written = load_checkpoint(folder, source.device).model
+    ids = windows.to(source.device)
+    expected = source.model(input_ids=ids, use_cache=False).logits
+    found = written(input_ids=ids, use_cache=False).logits
+    if not torch.equal(expected, found):
+        wrong = int((expected != found).sum())
+        worst = (expected.double() - found.double()).abs().max().item()
+        raise VerificationError(
+            asked="a checkpoint that computes what the quantized model in memory computes",
+            found=f"{wrong} of {expected.numel()} logits differ, by up to {worst:.3e}",
+            why="the same codes, scales and transforms on the same device give the same bits",
+            todo="this is a defect of mxtorq or of this machine's memory or disk: run again, and "
+            "report it if it stays. Nothing was left behind",
+        )
+
+
+def evaluate_baseline(
+    source: Source, windows: Windows, outliers: str | None, progress: Progress
+) -> Row:
+    """The row of a model as it is."""
+    measured = perplexity(
+        source.model, windows.ids, lambda done, total: progress("evaluate", done, total)
+    )
+    return Row(
+        method="bf16",
+        rounding=None,
+        scale_rule=None,
+        perplexity=measured.value,
+        nll=measured.nll,
+        predictions=measured.predictions,
+        seed=None,
+        outliers=outliers,
+        provenance={
+            "model": source.name,
+            "baseline_dtype": "bfloat16",
+            "compute_dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
+            "evaluation": windows.record(),
+        },
+    )
+
+
+def evaluate_recipe(
+    source: Source, recipe: Recipe, calibration: Windows, windows: Windows, progress: Progress
+) -> Row:
+    """The row of a recipe on a copy of a model, which stays as it is."""
+    name = method_name(recipe.method)
+
+    def named(stage: str, done: int, total: int) -> None:
+        progress(f"{name}: {stage}", done, total)
+
+    candidate = replace(source, model=copy.deepcopy(source.model))
+    started = time.perf_counter()
+    quantized = quantize_(candidate, calibration.ids, recipe, named)
+    seconds = time.perf_counter() - started
+    row = evaluate_baseline(candidate, windows, recipe.outliers, named)
+    row.provenance.update(calibration=calibration.record(), unfit=quantized.unfit)
+    return replace(
+        row,
+        method=name,
+        options=method_options(recipe.method),
+        rounding=recipe.rounding,
+        scale_rule=recipe.scale_rule,
+        seed=recipe.seed,
+        site_error=sum(e.output_error for e in quantized.sites) / len(quantized.sites),
+        multiply_adds_per_token=sum(e.multiply_adds for e in quantized.sites),
+        quantize_seconds=round(seconds, 3),
+    )
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    packages = ("mxtorq", "torch", "transformers", "safetensors", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def _site_entry(
+    family: Family, index: int, site: Site, transform: Transform, error: float
+) -> SiteEntry:
+    return SiteEntry(
+        site=family.site_name(index, site),
+        linears=[family.linear_name(index, path) for path in site.linears],
+        width=transform.width,
+        kind=transform.kind,
+        multiply_adds=transform.multiply_adds,
+        output_error=error,
+    )
+
+
+def _linears(family: Family, site_name: str) -> list[str]:
+    layer, _, name = site_name.rpartition(".")
+    return [
+        f"{layer}.{path}" for site in family.sites if site.name == name for path in site.linears
+    ]

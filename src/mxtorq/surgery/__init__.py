@@ -1,0 +1,7 @@
+"""The only code that edits an nn.Module.
+
+Lives here: the layers that replace a linear (`linear`), putting them in place (`fuse`), and exact
+channel rescalings (`rescale`) with the outlier profiles that use them (`outliers`).
+Does not live here: choosing transforms or codes; reading or writing files.
+A function that changes its argument ends in an underscore.
+"""
