@@ -5,38 +5,27 @@ wrong usage with 2, Ctrl-C with 130. Heavy imports wait until a verb runs, so th
 quick.
 """
 
-import json
 import os
-import shlex
 import signal
-import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from mxtorq.errors import MxtorqError, UsageError
+from mxtorq.console import (
+    OUT,
+    progress_bars,
+    report_contents,
+    report_results,
+    report_written,
+    require_writable,
+    speaking,
+)
+from mxtorq.errors import UsageError
 
 if TYPE_CHECKING:
     from mxtorq.config import EvaluationPlan, Recipe
-    from mxtorq.pipeline import Progress as Callback
-    from mxtorq.reports.schema import Results
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -47,9 +36,6 @@ app = typer.Typer(
     epilog="Start with [bold]mxtorq demo[/bold]. MODEL is a folder, a hub id, or "
     "[bold]reference[/bold], the small model inside this package.",
 )
-_out = Console()
-_err = Console(stderr=True)
-
 DEMO_METHODS = "identity,hadamard,torq,torq:levels=inter,torq:levels=intra"
 DEMO_OUTLIERS = "qwen3-0.6b"
 
@@ -111,7 +97,8 @@ Json = Annotated[
 @app.command(
     epilog="Examples:\n\n"
     "  mxtorq quantize my-quantized-model\n\n"
-    "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144\n\n"
+    "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
+    "\n\n"
     "  mxtorq quantize ./llama out --method hadamard --scale-rule even"
 )
 def quantize(
@@ -130,7 +117,7 @@ def quantize(
     device: Device = "auto",
 ) -> None:
     """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked."""
-    with _speaking(f"nothing was written to {paths[-1]}"):
+    with speaking(f"nothing was written to {paths[-1]}"):
         if len(paths) > 2:
             raise UsageError(
                 asked=f"quantize {' '.join(paths)}",
@@ -152,10 +139,9 @@ def quantize(
             outliers,
             allow_unfit,
         )
-        with _progress() as progress:
+        with progress_bars() as progress:
             manifest = pipeline.quantize(model, Path(out), recipe, device=device, progress=progress)
-        _print_checkpoint(Path(out), manifest, sites=False)
-        _out.print("Read back from disk: logits equal to the model in memory, bit for bit.")
+        report_written(Path(out), manifest)
 
 
 @app.command(
@@ -176,17 +162,17 @@ def evaluate(
     json_path: Json = None,
 ) -> None:
     """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
-    with _speaking("no results were written"):
+    with speaking("no results were written"):
         from mxtorq import pipeline
         from mxtorq.config import EvaluationPlan
 
         plan = EvaluationPlan(text=text, eval_tokens=eval_tokens, seqlen=seqlen)
-        _require_writable(json_path)
-        with _progress() as progress:
+        require_writable(json_path)
+        with progress_bars() as progress:
             results = pipeline.evaluate(
                 model, plan, outliers=outliers, seed=seed, device=device, progress=progress
             )
-        _report(results, json_path, f"Perplexity of {model}")
+        report_results(results, json_path, f"Perplexity of {model}")
 
 
 @app.command(
@@ -212,7 +198,7 @@ def compare(
     json_path: Json = None,
 ) -> None:
     """One table in one run: BF16 first, then every method on the same model and text."""
-    with _speaking("no results were written"):
+    with speaking("no results were written"):
         recipes = [
             _recipe(
                 name,
@@ -252,10 +238,11 @@ def demo(
 
     Ends with a TORQ checkpoint written to disk, read back and compared with the model in memory.
     """
-    with _speaking("no results were written"):
+    with speaking("no results were written"):
         import tempfile
 
         from mxtorq import pipeline
+        from mxtorq.export.checkpoint import require_absent
         from mxtorq.loading.source import REFERENCE
 
         recipes = [
@@ -266,7 +253,7 @@ def demo(
             for name in methods.split(",")
         ]
         if keep is not None:
-            pipeline.require_absent(keep)
+            require_absent(keep)
         title = "The reference model in MXFP4 W4A4, without and with outlier channels"
         plan = _plan("stdlib", eval_tokens, None)
         _compare(REFERENCE, recipes, plan, "cpu", json_path, title)
@@ -275,12 +262,11 @@ def demo(
             final = _recipe(
                 "torq", "rtn", scale_rule, "stdlib", calibration_tokens, None, seed, outliers, False
             )
-            with _progress() as progress:
+            with progress_bars() as progress:
                 manifest = pipeline.quantize(REFERENCE, out, final, device="cpu", progress=progress)
-            _print_checkpoint(out, manifest, sites=False)
-            _out.print("Read back from disk: logits equal to the model in memory, bit for bit.")
+            report_written(out, manifest)
             if keep is None:
-                _out.print("It was a demonstration and is gone again; --out OUT keeps it.")
+                OUT.print("It was a demonstration and is gone again; --out OUT keeps it.")
 
 
 @app.command(epilog="Example:\n\n  mxtorq inspect my-checkpoint --json what.json")
@@ -288,13 +274,13 @@ def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that quantize wrote.")],
     json_path: Json = None,
 ) -> None:
-    """What is in a checkpoint: method, rules, calibration, files (checked), and every site's error."""
-    with _speaking("no results were written"):
+    """What a checkpoint is: method, rules, calibration, files (checked), every site's error."""
+    with speaking("no results were written"):
         from mxtorq.export.checkpoint import read_manifest
 
-        _require_writable(json_path)
+        require_writable(json_path)
         manifest = read_manifest(checkpoint)
-        _print_checkpoint(checkpoint, manifest, sites=True)
+        report_contents(checkpoint, manifest)
         if json_path is not None:
             json_path.write_text(manifest.to_json(), encoding="utf-8")
 
@@ -312,52 +298,6 @@ def main() -> None:
 
 def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _speaking(after_interrupt: str) -> Iterator[None]:
-    """Turn our errors and Ctrl-C into a message and an exit code."""
-    try:
-        yield
-    except MxtorqError as error:
-        _err.print(f"[bold red]{type(error).__name__}[/bold red]")
-        for label, part in (
-            ("asked", error.asked),
-            ("found", error.found),
-            ("why", error.why),
-            ("to do", error.todo),
-        ):
-            _err.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        _err.print(f"\n[bold red]Interrupted[/bold red]: {escape(after_interrupt)}.")
-        raise typer.Exit(130) from None
-
-
-@contextmanager
-def _progress() -> Iterator["Callback"]:
-    """Bars with the time left, one a stage, on standard error."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # its own bars would break ours
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=_err, transient=True) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def callback(stage: str, done: int, total: int) -> None:
-            if stage not in tasks or done == 0:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
-            bars.update(tasks[stage], completed=done, total=total, visible=done < total)
-
-        yield callback
 
 
 def _recipe(
@@ -405,74 +345,10 @@ def _compare(
 ) -> None:
     from mxtorq import pipeline
 
-    _require_writable(json_path)
-    with _progress() as progress:
+    require_writable(json_path)
+    with progress_bars() as progress:
         results = pipeline.compare(model, recipes, plan, device=device, progress=progress)
-    _report(results, json_path, title)
-
-
-def _report(results: "Results", json_path: Path | None, title: str) -> None:
-    from mxtorq.reports.render import terminal
-
-    results = replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
-    # A table narrower than its figures would cut them: where output is a file, 120 columns.
-    wide = _out if _out.is_terminal else Console(width=max(120, _out.width))
-    wide.print(terminal(results, escape(title)))
-    if json_path is not None:
-        json_path.write_text(results.to_json(), encoding="utf-8")
-        _out.print(f"Results written to {escape(str(json_path))}")
-
-
-def _require_writable(path: Path | None) -> None:
-    """Refuse a --json path before hours of work instead of after them."""
-    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
-        raise UsageError(
-            asked=f"--json {path}",
-            found="a folder, or a folder that does not exist or is not yours to write to",
-            why="the results could not be written there in the end",
-            todo="name a file in an existing folder",
-        )
-
-
-def _print_checkpoint(path: Path, manifest: Any, *, sites: bool) -> None:
-    from rich.table import Table
-
-    from mxtorq.evaluation.fidelity import sqnr_db
-
-    facts = {
-        "checkpoint": str(path),
-        "source": f"{manifest.source['model']} ({manifest.source['family']}), outliers: "
-        f"{manifest.source['outliers'] or 'none'}",
-        "method": f"{manifest.method} {json.dumps(manifest.options) if manifest.options else ''}",
-        "rounding": manifest.rounding,
-        "scale rule": ", ".join(f"{k} {v}" for k, v in manifest.scale_rules.items()),
-        "calibration": f"{manifest.calibration['source']}: {manifest.calibration['tokens']:,} "
-        f"tokens in windows of {manifest.calibration['seqlen']}, seed {manifest.calibration['seed']}",
-        "site SQNR": f"{sqnr_db(manifest.mean_output_error):.2f} dB (of the mean error of "
-        f"{len(manifest.sites)} sites)",
-        "online cost": f"{sum(s.multiply_adds for s in manifest.sites):,} multiply-adds a token",
-        "left in BF16": ", ".join(f"{k} (width {v})" for k, v in manifest.unfit.items()) or "-",
-        "files": ", ".join(f"{k} {v['bytes'] / 1e6:.2f} MB" for k, v in manifest.files.items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
-    }
-    table = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        table.add_row(f"[bold]{key}[/bold]", escape(value))
-    _out.print(table)
-    if not sites:
-        return
-    detail = Table("site", "width", "linears", "transform", "MACs/token", "output error", "SQNR")
-    for entry in manifest.sites:
-        detail.add_row(
-            entry.site,
-            str(entry.width),
-            str(len(entry.linears)),
-            entry.kind,
-            f"{entry.multiply_adds:,}",
-            f"{entry.output_error:.3e}",
-            f"{sqnr_db(entry.output_error):.2f} dB",
-        )
-    _out.print(detail)
+    report_results(results, json_path, title)
 
 
 if __name__ == "__main__":

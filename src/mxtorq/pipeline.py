@@ -9,7 +9,6 @@ to a model. Progress is a callback. Randomness comes from the recipe's seed alon
 """
 
 import copy
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from torch import Tensor
 from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
 from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
 from mxtorq.config import EvaluationPlan, Recipe, method_name, method_options
-from mxtorq.errors import ModelError, UsageError, VerificationError
+from mxtorq.errors import UsageError
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.evaluation.perplexity import perplexity
 from mxtorq.export.checkpoint import (
@@ -32,20 +31,18 @@ from mxtorq.export.checkpoint import (
     output_folder,
     read_manifest,
     require_absent,
-    write_files,
     write_manifest,
 )
-from mxtorq.export.compressed_tensors import quantization_config
 from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.formats.mxfp4 import MXFP4
-from mxtorq.formats.spec import BLOCK
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source, load_source, pick_device
+from mxtorq.loading.writer import verify, write_model
 from mxtorq.models.family import Family, Site
 from mxtorq.reports.schema import Results, Row
 from mxtorq.rounding import ROUNDINGS
-from mxtorq.surgery.fuse import quantize_site_, unfit_sites
-from mxtorq.surgery.linear import MXFP4Linear, fused_weight
+from mxtorq.surgery.fuse import quantize_site_, require_fit
+from mxtorq.surgery.linear import fused_weight, linear_at
 from mxtorq.surgery.outliers import add_outliers_
 from mxtorq.transforms.base import SiteStatistics, Transform
 
@@ -91,12 +88,13 @@ def quantize(
     windows = calibrate(source, recipe)
     with output_folder(out) as folder:
         quantized = quantize_(source, windows.ids, recipe, progress)
-        progress("write", 0, 1)
-        manifest = write_checkpoint(folder, source, quantized, recipe, windows)
-        progress("write", 1, 1)
-        progress("read back", 0, 1)
+        progress("write", 0, 2)
+        files = write_model(folder, source, quantized.transforms)
+        manifest = describe(source, quantized, recipe, windows, files)
+        write_manifest(folder, manifest)
+        progress("write", 1, 2)
         verify(folder, source, windows.ids[:1])
-        progress("read back", 1, 1)
+        progress("write", 2, 2)
     return manifest
 
 
@@ -136,7 +134,7 @@ def evaluate(
         scale_rule=manifest.scale_rules["activations"],
         seed=manifest.seed,
         site_error=manifest.mean_output_error,
-        multiply_adds_per_token=sum(entry.multiply_adds for entry in manifest.sites),
+        multiply_adds_per_token=manifest.multiply_adds_per_token,
     )
     row.provenance.update(
         model=manifest.source["model"], calibration=manifest.calibration, unfit=manifest.unfit
@@ -227,7 +225,7 @@ def quantize_(
 ) -> Quantized:
     """Quantize a model in place, layer by layer: the quantized layer's output feeds the next."""
     model, family = source.model, source.family
-    unfit = require_fit(source, recipe.allow_unfit)
+    unfit = require_fit(model, family, recipe.allow_unfit)
     layers = list(model.get_submodule(family.layers).children())
     progress("quantize", 0, len(layers))
     inputs = first_layer_inputs(model, family, windows)
@@ -254,7 +252,7 @@ def round_site_(
     recipe: Recipe,
 ) -> float:
     """Fuse, round and replace the linears of a site; returns the output error on the sample."""
-    originals = {path: layer.get_submodule(path) for path in site.linears}
+    originals = {path: linear_at(layer, path) for path in site.linears}
 
     def hessian() -> Tensor:
         return transform.apply(transform.apply(statistics.hessian).T)
@@ -268,46 +266,15 @@ def round_site_(
     return output_error(statistics.sample, pairs)
 
 
-def require_fit(source: Source, allow_unfit: bool) -> dict[str, int]:
-    """Sites that cannot hold MX blocks, if that is allowed.
-
-    Raises:
-        ModelError: there are some and they are not allowed, or no site is left.
-    """
-    unfit = unfit_sites(source.model, source.family, BLOCK)
-    sites = len(source.family.sites) * source.config.num_hidden_layers
-    if unfit and (not allow_unfit or len(unfit) == sites):
-        name, width = next(iter(unfit.items()))
-        raise ModelError(
-            asked=f"the model {source.name!r} in MXFP4 blocks of {BLOCK}",
-            found=f"{len(unfit)} of {sites} sites with another width, the first {name} "
-            f"({', '.join(_linears(source.family, name))}): {width}",
-            why=f"{width} is no multiple of {BLOCK}, and the format knows no partial block",
-            todo="pass --allow-unfit to keep those sites in BF16 and quantize the others"
-            if len(unfit) < sites
-            else "no site of this model can hold MXFP4; choose another model",
-        )
-    return unfit
-
-
-def write_checkpoint(
-    folder: Path, source: Source, quantized: Quantized, recipe: Recipe, windows: Windows
+def describe(
+    source: Source,
+    quantized: Quantized,
+    recipe: Recipe,
+    windows: Windows,
+    files: dict[str, dict[str, object]],
 ) -> Manifest:
-    """Write everything that a checkpoint consists of into a folder."""
-    quantized_linears = {linear for entry in quantized.sites for linear in entry.linears}
-    linears = [n for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    ignore = sorted(name for name in linears if name not in quantized_linears)
-    rotated = any(entry.kind != "identity" for entry in quantized.sites)
-    config = json.loads(source.config.to_json_string())
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = quantization_config(rotated=rotated, ignore=ignore)
-    transforms = {
-        f"{site}.{part}": tensor
-        for site, transform in quantized.transforms.items()
-        for part, tensor in transform.tensors().items()
-    }
-    source.tokenizer.save_pretrained(folder)
-    manifest = Manifest(
+    """The manifest of a checkpoint whose files are written."""
+    return Manifest(
         method=method_name(recipe.method),
         options=method_options(recipe.method),
         rounding=recipe.rounding,
@@ -323,41 +290,8 @@ def write_checkpoint(
         versions=versions(),
         sites=quantized.sites,
         unfit=quantized.unfit,
-        files=write_files(folder, config, stored_tensors(source), transforms),
+        files=files,
     )
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def stored_tensors(source: Source) -> dict[str, Tensor]:
-    """The tensors of a quantized model as a checkpoint keeps them: floats in BF16, tied ones once."""
-    state: dict[str, Tensor] = source.model.state_dict()
-    if source.config.tie_word_embeddings:
-        state.pop(f"{source.family.head}.weight", None)
-    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
-
-
-@torch.no_grad()
-def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> None:
-    """Read the checkpoint back and compare its logits with the model in memory, bit for bit.
-
-    Raises:
-        VerificationError: one logit differs.
-    """
-    written = load_checkpoint(folder, source.device).model
-    ids = windows.to(source.device)
-    expected = source.model(input_ids=ids, use_cache=False).logits
-    found = written(input_ids=ids, use_cache=False).logits
-    if not torch.equal(expected, found):
-        wrong = int((expected != found).sum())
-        worst = (expected.double() - found.double()).abs().max().item()
-        raise VerificationError(
-            asked="a checkpoint that computes what the quantized model in memory computes",
-            found=f"{wrong} of {expected.numel()} logits differ, by up to {worst:.3e}",
-            why="the same codes, scales and transforms on the same device give the same bits",
-            todo="this is a defect of mxtorq or of this machine's memory or disk: run again, and "
-            "report it if it stays. Nothing was left behind",
-        )
 
 
 def evaluate_baseline(
@@ -430,10 +364,3 @@ def _site_entry(
         multiply_adds=transform.multiply_adds,
         output_error=error,
     )
-
-
-def _linears(family: Family, site_name: str) -> list[str]:
-    layer, _, name = site_name.rpartition(".")
-    return [
-        f"{layer}.{path}" for site in family.sites if site.name == name for path in site.linears
-    ]

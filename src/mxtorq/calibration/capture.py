@@ -34,9 +34,9 @@ class _Stop(Exception):
     """Ends a forward pass once the first layer's arguments are known."""
 
 
-def batches(windows: Int64[Tensor, "n seqlen"]) -> tuple[Int64[Tensor, "b seqlen"], ...]:
+def batches(windows: Int64[Tensor, "n seqlen"]) -> list[Int64[Tensor, "b seqlen"]]:
     """Windows in groups of about `BATCH_TOKENS` tokens."""
-    return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def first_layer_inputs(
 ) -> list[LayerInput]:
     """What the first decoder layer receives for each batch of windows."""
     first = model.get_submodule(f"{family.layers}.0")
-    device = model.get_submodule(family.embedding).weight.device
+    device = next(model.parameters()).device
     caught: list[LayerInput] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,7 +99,9 @@ def advance_(layer: nn.Module, inputs: list[LayerInput]) -> None:
 
 
 def _width(layer: nn.Module, site: Site) -> int:
-    return int(layer.get_submodule(site.linears[0]).in_features)
+    weight = layer.get_submodule(site.linears[0]).weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[1]
 
 
 @contextmanager

@@ -178,7 +178,7 @@ def wikitext2_document(rows: list[str]) -> str:
 
 
 def wikitext2_rows(raw: str) -> list[str]:
-    """The rows of the data set from its raw file: a line keeps its newline, a blank one is empty."""
+    """The data set's rows from its raw file: a line keeps its newline, a blank one is empty."""
     lines = raw.removesuffix("\n").split("\n")
     return [f"{line}\n" if line.strip() else "" for line in lines]
 

@@ -24,10 +24,11 @@ from mxtorq.errors import TextError
 
 Split = Literal["train", "calibration", "evaluation"]
 
-_LEFT_OUT = frozenset(
-    "__pycache__ __phello__ distutils encodings ensurepip idlelib lib2to3 lib-dynload "
-    "site-packages dist-packages test tests tkinter turtledemo idle_test".split()
-)
+_LEFT_OUT = {
+    *("__pycache__", "__phello__", "distutils", "encodings", "ensurepip", "idle_test", "idlelib"),
+    *("lib-dynload", "lib2to3", "site-packages", "dist-packages", "test", "tests", "tkinter"),
+    "turtledemo",
+}
 _LEFT_OUT_PREFIXES = ("config-", "_sysconfigdata", "_test")
 _SHORTEST = 400
 """Characters below which a document (an empty ``__init__.py``, say) teaches nothing."""

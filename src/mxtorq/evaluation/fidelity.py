@@ -1,6 +1,5 @@
 """How far a quantized linear is from the original on the same inputs."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def output_error(
-    inputs: Float[Tensor, "tokens d"], pairs: Iterable[tuple[nn.Module, nn.Module]]
+    inputs: Float[Tensor, "tokens d"], pairs: Iterable[tuple[nn.Linear, nn.Module]]
 ) -> float:
     """sum ||y - y_q||^2 / sum ||y||^2 over (original, quantized) linears that read ``inputs``.
 
@@ -23,8 +22,3 @@ def output_error(
         wrong += (quantized(inputs) - bias - plain).double().square().sum().item()
         power += plain.double().square().sum().item()
     return wrong / power if power else 0.0
-
-
-def sqnr_db(error: float) -> float:
-    """Signal to quantization noise of a relative squared error, in decibels."""
-    return math.inf if error == 0 else -10 * math.log10(error)

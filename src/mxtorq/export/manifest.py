@@ -6,7 +6,7 @@ same bytes. Readers refuse versions and fields that they do not know instead of 
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any
 
 from mxtorq.errors import CheckpointError
 
@@ -58,12 +58,17 @@ class Manifest:
         """The mean of `SiteEntry.output_error` over sites."""
         return sum(entry.output_error for entry in self.sites) / max(1, len(self.sites))
 
+    @property
+    def multiply_adds_per_token(self) -> int:
+        """Online cost of all transforms."""
+        return sum(entry.multiply_adds for entry in self.sites)
+
     def to_json(self) -> str:
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self)}
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Self:
+    def from_json(cls, text: str, where: str) -> "Manifest":
         """Raises:
         CheckpointError: not JSON, another schema or version, or other fields than this one's.
         """

@@ -24,7 +24,7 @@ _VALUES = torch.tensor([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)], dtype
 
 
 def encode(values: Float32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
-    """The code of the nearest element, ties to even, saturating; NaN has no code and gives 7 or 15."""
+    """The code of the nearest element, ties to even, saturating. NaN has none: it gives 7 or 15."""
     magnitude = torch.bucketize(values.abs(), _CUTS.to(values.device), out_int32=True)
     sign = torch.signbit(values).to(torch.int32) * E2M1_SIGN
     return (magnitude | sign).to(torch.uint8)

@@ -18,7 +18,7 @@ from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.loading.source import Source, compute_dtype, pick_device
 from mxtorq.models import FAMILIES
 from mxtorq.models.family import find_family
-from mxtorq.surgery.linear import MXFP4Linear
+from mxtorq.surgery.linear import MXFP4Linear, linear_at
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 
@@ -55,10 +55,10 @@ def build_model(contents: Contents, name: str) -> nn.Module:
     plain = {k: v for k, v in contents.config.items() if k not in ("quantization_config", "dtype")}
     config = AutoConfig.for_model(plain.pop("model_type"), **plain)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     # Its buffers are computed, not stored, so they are made again outside of `meta`.
-    rotary = model.get_submodule(family.rotary)
-    model.set_submodule(family.rotary, type(rotary)(config=config))
+    rotary: Any = type(model.get_submodule(family.rotary))
+    model.set_submodule(family.rotary, rotary(config=config))
 
     tensors = dict(contents.tensors)
     for entry in contents.manifest.sites:
@@ -69,19 +69,19 @@ def build_model(contents: Contents, name: str) -> nn.Module:
             )
             bias = tensors.pop(f"{linear}.bias", None)
             rule = ScaleRule(contents.manifest.scale_rules["activations"])
-            _require_shape(model.get_submodule(linear), codes, linear)
+            _require_shape(linear_at(model, linear), codes, linear)
             model.set_submodule(linear, MXFP4Linear(codes, bias, transform, rule))
     outcome = model.load_state_dict(tensors, strict=False, assign=True)
-    model.tie_weights()
+    model.tie_weights()  # type: ignore[operator]
     still_empty = [key for key, value in model.state_dict().items() if value.is_meta]
     if still_empty or outcome.unexpected_keys:
         raise CheckpointError(
             asked=f"the checkpoint {name}",
-            found=f"missing tensors: {still_empty[:3]}, unknown ones: {outcome.unexpected_keys[:3]}",
+            found=f"missing tensors: {still_empty[:3]}, unknown: {outcome.unexpected_keys[:3]}",
             why="config.json, the manifest and the tensors describe different models",
             todo="quantize again; do not mix files of two checkpoints",
         )
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
 
 
 def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
@@ -96,7 +96,7 @@ def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
     return tensor
 
 
-def _require_shape(linear: nn.Module, codes: MXFP4, name: str) -> None:
+def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:
     rows, width = linear.out_features, linear.in_features
     expected = (rows, width // 2), (rows, width // 32)
     found = tuple(codes.packed.shape), tuple(codes.e8m0.shape)

@@ -25,7 +25,7 @@ from mxtorq.models.family import Family, find_family
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +91,7 @@ def _load(name: str, where: str, device: torch.device) -> Source:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=torch.bfloat16,
             use_safetensors=True,
@@ -101,6 +101,7 @@ def _load(name: str, where: str, device: torch.device) -> Source:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # transformers, hub and safetensors share no root
         raise _unreadable(name, error) from error
+    model, report = loaded
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise ModelError(
@@ -115,7 +116,7 @@ def _load(name: str, where: str, device: torch.device) -> Source:
 
 
 def _read_config(name: str, where: str) -> dict[str, Any]:
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         path = cached_file(where, "config.json")

@@ -6,7 +6,7 @@ Does not live here: code that reads or changes a module.
 To add a family:
 1. Write its `Family` in a file under its name: the names of its modules, site by site.
 2. Put it into `FAMILIES`.
-3. Add a tiny random configuration of it to ``tests/tiny_models.py``; the surgery tests run over all.
+3. Add a tiny random configuration of it to ``tests/tiny_models.py``; the surgery tests run over it.
 A family whose norms, attention or MLP compute something else than Llama's needs more than data.
 """
 

@@ -1,4 +1,4 @@
-"""Qwen3, dense: Llama's plan with RMSNorms on queries and keys, and heads wider than the hidden size.
+"""Qwen3, dense: Llama's plan with RMSNorms on queries and keys, and heads of any width.
 
 The extra norms (``q_norm``, ``k_norm``) sit behind the projections and are no site's source.
 """

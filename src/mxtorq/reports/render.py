@@ -1,9 +1,12 @@
-"""Results as a table, for a terminal and for Markdown, from the record alone."""
+"""Results and manifests as tables, for a terminal and for Markdown, from the records alone."""
 
+import json
 import math
 
+from rich.markup import escape
 from rich.table import Table
 
+from mxtorq.export.manifest import Manifest
 from mxtorq.reports.schema import Results, Row
 
 _COLUMNS = (
@@ -92,7 +95,55 @@ def _cells(row: Row, baseline: float | None) -> list[str]:
         "-"
         if baseline is None or row.rounding is None
         else f"{row.perplexity / baseline - 1:+.2%}",
-        "-" if not row.site_error else f"{-10 * math.log10(row.site_error):.2f} dB",
+        "-" if not row.site_error else f"{sqnr_db(row.site_error):.2f} dB",
         "-" if row.multiply_adds_per_token is None else f"{row.multiply_adds_per_token:,}",
         "-" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
     ]
+
+
+def sqnr_db(error: float) -> float:
+    """Signal to quantization noise of a relative squared error, in decibels."""
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def checkpoint_facts(manifest: Manifest, name: str) -> Table:
+    """What a checkpoint is, for a terminal."""
+    source, calibration = manifest.source, manifest.calibration
+    facts = {
+        "checkpoint": name,
+        "source": f"{source['model']} ({source['family']}), outliers: "
+        f"{source['outliers'] or 'none'}",
+        "method": f"{manifest.method} {json.dumps(manifest.options) if manifest.options else ''}",
+        "rounding": manifest.rounding,
+        "scale rule": ", ".join(f"{k} {v}" for k, v in manifest.scale_rules.items()),
+        "calibration": f"{calibration['source']}: {calibration['tokens']:,} tokens in windows of "
+        f"{calibration['seqlen']}, seed {calibration['seed']}",
+        "site SQNR": f"{sqnr_db(manifest.mean_output_error):.2f} dB (of the mean error of "
+        f"{len(manifest.sites)} sites)",
+        "online cost": f"{manifest.multiply_adds_per_token:,} multiply-adds a token",
+        "left in BF16": ", ".join(f"{k} (width {v})" for k, v in manifest.unfit.items()) or "-",
+        "files": ", ".join(f"{k} {v['bytes'] / 1e6:.2f} MB" for k, v in manifest.files.items()),
+        "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
+    }
+    table = Table(show_header=False, box=None)
+    for key, value in facts.items():
+        table.add_row(f"[bold]{key}[/bold]", escape(value))
+    return table
+
+
+def checkpoint_sites(manifest: Manifest) -> Table:
+    """Every quantized site of a checkpoint, for a terminal."""
+    table = Table()
+    for column in ("site", "width", "linears", "transform", "MACs/token", "output error", "SQNR"):
+        table.add_column(column, no_wrap=True)
+    for entry in manifest.sites:
+        table.add_row(
+            entry.site,
+            str(entry.width),
+            str(len(entry.linears)),
+            entry.kind,
+            f"{entry.multiply_adds:,}",
+            f"{entry.output_error:.3e}",
+            f"{sqnr_db(entry.output_error):.2f} dB",
+        )
+    return table

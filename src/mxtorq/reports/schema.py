@@ -6,7 +6,7 @@ that changes its meaning, or goes, does.
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from typing import Any
 
 from mxtorq.errors import UsageError
 
@@ -39,7 +39,8 @@ class Row:
     options: dict[str, Any] = field(default_factory=dict)
     """All options of the method, defaults too."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """``model``, ``baseline_dtype``, ``compute_dtype``, ``calibration``, ``evaluation``, ``unfit``."""
+    """``model``, ``baseline_dtype``, ``compute_dtype``, ``calibration``, ``evaluation``,
+    ``unfit``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +56,7 @@ class Results:
         return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Results":
         """Raises:
         UsageError: not a record of this schema and version.
         """

@@ -7,12 +7,12 @@ elements are exact in BF16 and their products in FP32, so this equals what an MX
 computes up to the order of the FP32 sum and the output's rounding.
 """
 
-from typing import Any, Self
+from typing import Any
 
-import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
+from mxtorq.errors import ModelError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize, fake_quantize
 from mxtorq.transforms.base import Transform
@@ -20,6 +20,9 @@ from mxtorq.transforms.base import Transform
 
 class TransformedLinear(nn.Module):
     """A linear in transformed coordinates, unquantized, in the dtype of its weight."""
+
+    weight: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, transform: Transform) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class MXFP4Linear(nn.Module):
         weight = dequantize(self.weight_mxfp4, inputs.dtype)
         return nn.functional.linear(activations.to(inputs.dtype), weight, self.bias)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+    def _apply(self, fn: Any, recurse: bool = True) -> "MXFP4Linear":
         # A transform is a float64 value, not a buffer: `.to(dtype)` must not round it.
         super()._apply(fn, recurse)
         self.transform = self.transform.to(self.weight_packed.device)
@@ -91,6 +94,23 @@ class MXFP4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, transform={self.transform.kind}, rule={self.rule}"
         )
+
+
+def linear_at(module: nn.Module, path: str) -> nn.Linear:
+    """The linear at a path below a module.
+
+    Raises:
+        ModelError: there is something else.
+    """
+    found = module.get_submodule(path)
+    if not isinstance(found, nn.Linear):
+        raise ModelError(
+            asked=f"the linear {path}",
+            found=type(found).__name__,
+            why="only a plain nn.Linear can be replaced without changing the function",
+            todo="start from an unquantized model without adapters",
+        )
+    return found
 
 
 def fused_weight(linear: nn.Linear, transform: Transform) -> Float64[Tensor, "d_out d"]:

@@ -68,7 +68,7 @@ def add_outliers_(model: nn.Module, family: Family, name: str, seed: int) -> Non
     draw = torch.Generator().manual_seed(seed)
     placements: dict[int, Tensor] = {}
     layers = list(model.get_submodule(family.layers).children())
-    head_dim = layers[0].get_submodule("self_attn").head_dim
+    attention: Any = layers[0].get_submodule("self_attn")
     for index, layer in enumerate(layers):
         for site in family.sites:
             width = source_width(layer, site)
@@ -80,4 +80,4 @@ def add_outliers_(model: nn.Module, family: Family, name: str, seed: int) -> Non
                     placements[width] = placement
             factors = channel_factors(known[name], (index + 0.5) / len(layers), site.name, width)
             first = next(layer.parameters())
-            rescale_site_(layer, site, factors[placement].to(first), head_dim)
+            rescale_site_(layer, site, factors[placement].to(first), attention.head_dim)

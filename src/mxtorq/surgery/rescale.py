@@ -4,17 +4,21 @@ x_c becomes s_c x_c at the source (a norm's gain, or rows and bias of a linear) 
 linear that reads it is divided by s_c, so the function is kept; with powers of two to the bit.
 """
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
 from mxtorq.models.family import Site
+from mxtorq.surgery.linear import linear_at
 
 
 def source_width(layer: nn.Module, site: Site) -> int:
     """Free channels of a site: with grouped-query attention o_in repeats those of v_proj."""
-    return len(layer.get_submodule(site.source).weight)
+    source: Any = layer.get_submodule(site.source)
+    return len(source.weight)
 
 
 @torch.no_grad()
@@ -32,8 +36,8 @@ def rescale_site_(
     Raises:
         ModelError: the reader's width is no multiple of the source's.
     """
-    source = layer.get_submodule(site.source)
-    width = layer.get_submodule(site.linears[0]).in_features
+    source: Any = layer.get_submodule(site.source)
+    width = linear_at(layer, site.linears[0]).in_features
     repeats, rest = divmod(width, len(factors))
     if rest or len(factors) != len(source.weight):
         raise ModelError(
@@ -49,4 +53,4 @@ def rescale_site_(
     if repeats > 1:  # each key/value head feeds `repeats` query heads in a row
         columns = factors.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
     for path in site.linears:
-        layer.get_submodule(path).weight.div_(columns)
+        linear_at(layer, path).weight.div_(columns)

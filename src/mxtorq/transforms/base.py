@@ -9,7 +9,7 @@ hold float64 tensors; they compute in the dtype of what they are applied to.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -74,10 +74,10 @@ class Transform(ABC):
 
     @classmethod
     @abstractmethod
-    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "Transform":
         """The inverse of `tensors`. Raises `FormatError` when they do not describe one."""
 
-    def to(self, device: torch.device) -> Self:
+    def to(self, device: torch.device) -> "Transform":
         """The same map on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
         return type(self).from_tensors(self.width, moved)

@@ -5,6 +5,7 @@ MR-GPTQ, arXiv 2509.23202, and of QuantForge's BRQ adaptation, arXiv 2609.34680)
 outlier over its own block only; nothing is fitted and no seed enters.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +34,7 @@ def sylvester(size: int) -> Float64[Tensor, "n n"]:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
-    return matrix / size**0.5
+    return matrix / math.sqrt(size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ when n = 32, so an outlier never leaves the block whose scale it sets.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Float64
@@ -38,7 +38,7 @@ class Identity(Rotation):
         return {}
 
     @classmethod
-    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "Identity":
         return cls(width)
 
 
@@ -74,7 +74,8 @@ class BlockRotation(Rotation):
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         blocks = values.unflatten(-1, (-1, len(self.rotation)))
-        return (blocks @ self.rotation.to(values.dtype)).flatten(-2)
+        rotated: Tensor = blocks @ self.rotation.to(values.dtype)
+        return rotated.flatten(-2)
 
     @property
     def multiply_adds(self) -> int:
@@ -84,7 +85,7 @@ class BlockRotation(Rotation):
         return {"rotation": self.rotation}
 
     @classmethod
-    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "BlockRotation":
         return cls(width, tensors["rotation"])
 
 

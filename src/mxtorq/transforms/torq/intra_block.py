@@ -18,6 +18,7 @@ loss falls; the best rotation over all rounds returned, so that the loss never r
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +78,7 @@ def best_angle(u: Columns, v: Columns) -> float:
 
     # Counts in interval m = counts at the first wide interval + all moves between the two.
     # Two columns' squared counts sum to 2 n^2 at the most, which fits 32 bits up to n = 32,767.
-    integer = np.int32 if len(u) < 2**15 else np.int64
+    integer: Any = np.int32 if len(u) < 2**15 else np.int64
     moves = np.zeros((2 * _BINS, len(theta) + 1), dtype=np.int8)
     event = np.arange(1, len(theta) + 1)
     moves[source, event] = -1
@@ -209,5 +210,6 @@ def _scaled(y: Columns, rule: ScaleRule) -> Columns:
 
 
 def _orthonormal(rotation: Columns) -> Columns:
-    """Clear the rounding that a product of many rotations gathers (polar factor, one Newton step)."""
+    """Clear the rounding that a product of many rotations gathers: one Newton step to the polar
+    factor."""
     return np.asarray(1.5 * rotation - 0.5 * rotation @ rotation.T @ rotation)

@@ -9,7 +9,7 @@ multiply-adds; the dense B x B product would take B^2 32.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -70,7 +70,7 @@ class TwoLevelRotation(Rotation):
         return parts if self.intra is None else {**parts, "intra": self.intra}
 
     @classmethod
-    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> Self:
+    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "TwoLevelRotation":
         chain = GivensChain(
             *(tensors[f"inter.{part}"] for part in ("first", "second", "cos", "sin"))
         )

@@ -1,0 +1,113 @@
+"""What the command line says and how: errors, bars, tables. Knows the records, not the pipeline."""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from mxtorq.errors import MxtorqError, UsageError
+from mxtorq.export.manifest import Manifest
+from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, terminal
+from mxtorq.reports.schema import Results
+
+OUT = Console()
+_ERR = Console(stderr=True)
+_NARROWEST = 120
+"""Columns of a table that goes into a file: fewer would cut figures."""
+
+
+@contextmanager
+def speaking(after_interrupt: str) -> Iterator[None]:
+    """Turn our errors and Ctrl-C into a message and an exit code."""
+    try:
+        yield
+    except MxtorqError as error:
+        _ERR.print(f"[bold red]{type(error).__name__}[/bold red]")
+        for label, part in (
+            ("asked", error.asked),
+            ("found", error.found),
+            ("why", error.why),
+            ("to do", error.todo),
+        ):
+            _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _ERR.print(f"\n[bold red]Interrupted[/bold red]: {escape(after_interrupt)}.")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars with the time left, one a stage, on standard error."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its own bars would break ours
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=_ERR, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def callback(stage: str, done: int, total: int) -> None:
+            if stage not in tasks or done == 0:
+                tasks[stage] = bars.add_task(escape(stage), total=total)
+            bars.update(tasks[stage], completed=done, total=total, visible=done < total)
+
+        yield callback
+
+
+def require_writable(path: Path | None) -> None:
+    """Refuse a --json path before hours of work instead of after them."""
+    if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
+        raise UsageError(
+            asked=f"--json {path}",
+            found="a folder, or a folder that does not exist or is not yours to write to",
+            why="the results could not be written there in the end",
+            todo="name a file in an existing folder",
+        )
+
+
+def report_results(results: Results, json_path: Path | None, title: str) -> None:
+    """Print a table of results and write the record where it was asked for."""
+    results = replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
+    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
+    wide.print(terminal(results, escape(title)))
+    if json_path is not None:
+        json_path.write_text(results.to_json(), encoding="utf-8")
+        OUT.print(f"Results written to {escape(str(json_path))}")
+
+
+def report_written(path: Path, manifest: Manifest) -> None:
+    """Say what was written and that it was read back."""
+    OUT.print(checkpoint_facts(manifest, str(path)))
+    OUT.print("Read back from disk: logits equal to the model in memory, bit for bit.")
+
+
+def report_contents(path: Path, manifest: Manifest) -> None:
+    """Say what a checkpoint is, site by site."""
+    OUT.print(checkpoint_facts(manifest, str(path)))
+    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
+    wide.print(checkpoint_sites(manifest))

@@ -1,0 +1,82 @@
+"""Layer by layer equals the model's own forward pass, and statistics equal their definition."""
+
+import pytest
+import torch
+
+import tiny_models
+from mxtorq.calibration.capture import advance_, batches, capture_sites, first_layer_inputs
+from mxtorq.calibration.statistics import SAMPLE_TOKENS, SiteAccumulator
+from mxtorq.errors import ModelError
+from mxtorq.models import FAMILIES
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_called_one_by_one_are_the_forward_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mxtorq.calibration.capture.BATCH_TOKENS", 64)
+    family, model = FAMILIES[name], tiny_models.build(name).double()
+    windows = tiny_models.tokens(5, 32)
+    inputs = first_layer_inputs(model, family, windows)
+    assert [len(item.hidden) for item in inputs] == [2, 2, 1]
+    for layer in model.get_submodule(family.layers).children():
+        advance_(layer, inputs)
+    hidden = torch.cat([item.hidden for item in inputs])
+    logits = model.get_submodule(family.head)(model.get_submodule(family.final_norm)(hidden))
+    expected = torch.cat([model(input_ids=batch).logits for batch in batches(windows)])
+    assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_statistics_are_the_moments_of_what_the_linears_read(name: str) -> None:
+    family, model = FAMILIES[name], tiny_models.build(name).double()
+    windows = tiny_models.tokens(4, 32)
+    layer = model.get_submodule(f"{family.layers}.0")
+    seen: dict[str, torch.Tensor] = {}
+    hooks = [
+        layer.get_submodule(site.linears[-1]).register_forward_pre_hook(
+            lambda module, args, key=site.name: seen.update({key: args[0].flatten(0, 1)})
+        )
+        for site in family.sites
+    ]
+    model(input_ids=windows)
+    for hook in hooks:
+        hook.remove()
+    sites = {family.site_name(0, site): site for site in family.sites}
+    statistics = capture_sites(layer, sites, first_layer_inputs(model, family, windows), seed=0)
+    for full_name, site in sites.items():
+        x = seen[site.name]
+        found = statistics[full_name]
+        assert found.tokens == 128
+        assert torch.allclose(found.hessian, x.T @ x / 128, rtol=1e-12, atol=1e-14)
+        assert torch.equal(found.sample, x.float())
+
+
+def test_no_hook_stays_behind() -> None:
+    family, model = FAMILIES["llama"], tiny_models.build("llama")
+    layer = model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    inputs = first_layer_inputs(model, family, tiny_models.tokens(1, 16))
+    capture_sites(layer, sites, inputs, seed=0)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_sample_does_not_depend_on_the_batches() -> None:
+    rows = torch.randn(3 * SAMPLE_TOKENS, 32)
+    whole, parts = (SiteAccumulator("s", 32, len(rows), seed=1) for _ in range(2))
+    whole.add(rows)
+    for part in rows.split(100):
+        parts.add(part[None])
+    one, two = whole.finish(), parts.finish()
+    assert len(one.sample) == SAMPLE_TOKENS
+    assert torch.equal(one.sample, two.sample)
+    assert torch.allclose(one.hessian, two.hessian, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_broken_activations_name_their_site(bad: float) -> None:
+    accumulator = SiteAccumulator("model.layers.7.down_in", 32, 10, seed=0)
+    rows = torch.zeros(10, 32)
+    rows[4, 3] = bad
+    with pytest.raises(ModelError, match=r"model\.layers\.7\.down_in"):
+        accumulator.add(rows)

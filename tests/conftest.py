@@ -1,0 +1,54 @@
+"""Every shape and dtype annotation of mxtorq is checked while the tests run.
+
+Real models and texts that may not travel with the project are looked for in the folder that the
+environment variable MXTORQ_DATA names (default: ../shared/data beside the project); a test that
+needs one skips with that reason where it is absent.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+install_import_hook("mxtorq", "beartype.beartype")
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+DATA = Path(os.environ.get("MXTORQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder of real models and texts."""
+    if not DATA.is_dir():
+        pytest.skip(f"needs real data: set MXTORQ_DATA ({DATA} is no folder)")
+    return DATA
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved tiny model with tokenizer for each family, by name."""
+    import tiny_models
+
+    root = tmp_path_factory.mktemp("tiny")
+    return {
+        name: tiny_models.save(tiny_models.build(name), root / name) for name in tiny_models.CONFIGS
+    }
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some thousand characters of text that the tiny tokenizer turns into one token each."""
+    path = tmp_path_factory.mktemp("text") / "story.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 120, encoding="utf-8")
+    return path

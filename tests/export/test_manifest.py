@@ -1,0 +1,63 @@
+"""The manifest goes to JSON and back, and unknown versions and fields are refused."""
+
+import json
+
+import pytest
+
+from mxtorq.errors import CheckpointError
+from mxtorq.export.manifest import SCHEMA, VERSION, Manifest, SiteEntry
+
+ENTRY = SiteEntry(
+    site="model.layers.0.qkv_in",
+    linears=["a", "b"],
+    width=64,
+    kind="torq",
+    multiply_adds=5,
+    output_error=0.25,
+)
+MANIFEST = Manifest(
+    method="torq",
+    options={"levels": "both"},
+    rounding="rtn",
+    scale_rules={"weights": "floor", "activations": "floor"},
+    seed=3,
+    source={"model": "reference"},
+    calibration={"source": "stdlib"},
+    versions={"mxtorq": "0.1.0"},
+    sites=[ENTRY],
+    unfit={},
+    files={"model.safetensors": {"sha256": "0", "bytes": 1}},
+)
+
+
+def test_there_and_back() -> None:
+    assert Manifest.from_json(MANIFEST.to_json(), "here") == MANIFEST
+    assert MANIFEST.mean_output_error == 0.25
+
+
+def changed(**fields: object) -> str:
+    return json.dumps({**json.loads(MANIFEST.to_json()), **fields})
+
+
+def without(name: str) -> str:
+    return json.dumps({k: v for k, v in json.loads(MANIFEST.to_json()).items() if k != name})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged"),
+        ("[]", "damaged"),
+        ("{}", "damaged"),
+        ('{"schema": ', "damaged"),
+        (changed(version=VERSION + 1), f"reads {SCHEMA} version {VERSION} only"),
+        (changed(schema="other"), "schema 'other'"),
+        (changed(extra=1), "extra"),
+        (without("seed"), "seed"),
+        (changed(sites=[{"site": "x"}]), "site entry"),
+        (changed(sites=5), "damaged"),
+    ],
+)
+def test_what_it_does_not_know_is_refused(text: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Manifest.from_json(text, "here")

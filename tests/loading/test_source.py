@@ -1,0 +1,152 @@
+"""Models are read with suspicion: every way in which one can be wrong has its message."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from safetensors.torch import load_file, save_file
+
+from mxtorq.errors import ModelError
+from mxtorq.loading.source import load_source, pick_device
+from mxtorq.models import FAMILIES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tiny_folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A private copy of the tiny Llama."""
+    return Path(shutil.copytree(tiny_folders["llama"], tmp_path / "model"))
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_are_those_of_the_file_in_float32(name: str, tiny_folders: dict[str, Path]) -> None:
+    source = load_source(str(tiny_folders[name]), CPU)
+    stored = load_file(tiny_folders[name] / "model.safetensors")
+    for key, tensor in stored.items():
+        assert torch.equal(source.model.state_dict()[key], tensor.float()), key
+    assert source.family.name == name
+    assert not source.model.training
+    assert source.longest_window() == 128
+
+
+def test_a_float32_source_is_rounded_to_bfloat16(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    model.save_pretrained(tmp_path / "m")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "m")
+    source = load_source(str(tmp_path / "m"), CPU)
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    found = source.model.get_submodule("model.layers.0.mlp.up_proj").weight
+    assert torch.equal(found, weight.bfloat16().float())
+    assert not torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("name", ["no/such/folder/here", "./nothing", "no such model", "a/b/c"])
+def test_what_is_no_model_at_all(name: str) -> None:
+    with pytest.raises(ModelError, match="hub id"):
+        load_source(name, CPU)
+
+
+def test_a_hub_model_that_cannot_be_had() -> None:
+    with pytest.raises(ModelError, match="check the name and the network"):
+        load_source("no-such-organisation/no-such-model", CPU)
+
+
+def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub is out of reach here; the message is the one that its client raises."""
+
+    def gated(*args: object, **kwargs: object) -> None:
+        raise OSError("You are trying to access a gated repo. 401 Client Error.")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", gated)
+    with pytest.raises(ModelError, match="hf auth login"):
+        load_source("meta-llama/Llama-3.1-8B", CPU)
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"needs config\.json"):
+        load_source(str(tmp_path), CPU)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '"text"'])
+def test_a_damaged_configuration(folder: Path, content: str) -> None:
+    (folder / "config.json").write_text(content)
+    with pytest.raises(ModelError):
+        load_source(str(folder), CPU)
+
+
+def test_an_unknown_architecture(folder: Path) -> None:
+    edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
+    with pytest.raises(ModelError, match="nearest family is 'llama'"):
+        load_source(str(folder), CPU)
+
+
+def test_a_quantized_model(folder: Path) -> None:
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match="quantized already .*'gptq'"):
+        load_source(str(folder), CPU)
+
+
+def test_sliding_windows(folder: Path) -> None:
+    edit_config(folder, layer_types=["full_attention", "sliding_attention"])
+    with pytest.raises(ModelError, match="sliding_attention"):
+        load_source(str(folder), CPU)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_broken_weights_are_named(folder: Path, bad: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = bad
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.down_proj\.weight"):
+        load_source(str(folder), CPU)
+
+
+def test_a_missing_tensor_is_not_filled_with_random_numbers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="random numbers"):
+        load_source(str(folder), CPU)
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError):
+        load_source(str(folder), CPU)
+
+
+def test_a_truncated_file(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ModelError, match=r"undamaged \*\.safetensors"):
+        load_source(str(folder), CPU)
+
+
+def test_pickles_are_not_opened(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"anything")
+    with pytest.raises(ModelError, match="safetensors"):
+        load_source(str(folder), CPU)
+
+
+def test_a_missing_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError):
+        load_source(str(folder), CPU)
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")

@@ -1,0 +1,78 @@
+"""Families as data: each describes the real transformers module, and unknown ones are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import tiny_models
+from mxtorq.errors import ModelError
+from mxtorq.models import FAMILIES
+from mxtorq.models.family import SiteName, find_family
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_name_exists_and_every_linear_belongs_to_one_site(name: str) -> None:
+    family = FAMILIES[name]
+    model = tiny_models.build(name)
+    assert type(model).__name__ == family.architecture
+    for path in (family.embedding, family.rotary, family.final_norm, family.head):
+        model.get_submodule(path)
+    layers = list(model.get_submodule(family.layers).children())
+    assert len(layers) == 2
+    named = [path for site in family.sites for path in site.linears]
+    there = [path for path, module in layers[0].named_modules() if isinstance(module, nn.Linear)]
+    assert sorted(named) == sorted(there)
+    assert [site.name for site in family.sites] == list(SiteName)
+    for site in family.sites:
+        layers[0].get_submodule(site.source)
+        widths = {layers[0].get_submodule(path).in_features for path in site.linears}
+        assert len(widths) == 1
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linears_of_a_site_really_share_their_input(name: str) -> None:
+    family = FAMILIES[name]
+    model = tiny_models.build(name)
+    layer = model.get_submodule(f"{family.layers}.1")
+    seen: dict[str, object] = {}
+    for site in family.sites:
+        for path in site.linears:
+            layer.get_submodule(path).register_forward_pre_hook(
+                lambda module, args, path=path: seen.update({path: args[0].clone()})
+            )
+    model(input_ids=tiny_models.tokens(1, 5))
+    for site in family.sites:
+        first, *others = (seen[path] for path in site.linears)
+        assert all((first == other).all() for other in others)
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert FAMILIES.keys() == tiny_models.CONFIGS.keys()
+
+
+def test_an_unknown_family_names_the_nearest_and_its_sites() -> None:
+    with pytest.raises(ModelError) as caught:
+        find_family({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}, FAMILIES)
+    message = str(caught.value)
+    assert "'qwen2'" in message
+    assert "nearest family is 'qwen3'" in message
+    assert "self_attn.q_proj" in message
+
+
+def test_a_config_without_a_type_is_refused() -> None:
+    with pytest.raises(ModelError, match="None"):
+        find_family({}, FAMILIES)
+
+
+def test_real_configurations_are_recognised(data: Path) -> None:
+    known = {"Llama": "llama", "Qwen3": "qwen3"}
+    found = 0
+    for path in sorted((data / "configs").glob("*.json")):
+        kind = path.name.split("-")[0]
+        if kind in known and "A3B" not in path.name:
+            config = json.loads(path.read_text())
+            assert find_family(config, FAMILIES).name == known[kind]
+            found += 1
+    assert found >= 8

@@ -1,0 +1,50 @@
+"""Slow and obvious versions that fast code is judged by, and data with the defects TORQ names."""
+
+import numpy as np
+import torch
+
+CUTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+
+
+def spd(size: int, spread: float, seed: int) -> torch.Tensor:
+    """A random symmetric positive definite matrix whose diagonal spans ``spread``, float64."""
+    draw = torch.Generator().manual_seed(seed)
+    root = torch.randn(size, 2 * size, dtype=torch.float64, generator=draw)
+    scale = spread ** torch.rand(size, dtype=torch.float64, generator=draw)
+    root = root * scale.sqrt()[:, None]
+    return root @ root.T / (2 * size)
+
+
+def givens(size: int, i: int, j: int, cos: float, sin: float) -> torch.Tensor:
+    """G as a dense matrix: G_ii = G_jj = cos, G_ij = -sin, G_ji = sin."""
+    matrix = torch.eye(size, dtype=torch.float64)
+    matrix[i, i] = matrix[j, j] = cos
+    matrix[i, j], matrix[j, i] = -sin, sin
+    return matrix
+
+
+def occupancy(column: np.ndarray) -> np.ndarray:
+    """How many magnitudes of a column round to each of the 8 codes, ties to the even code."""
+    count = np.zeros(8, dtype=np.int64)
+    for value in np.abs(column):
+        code = sum(value > cut or (value == cut and at % 2 == 1) for at, cut in enumerate(CUTS))
+        count[code] += 1
+    return count
+
+
+def pair_squares(u: np.ndarray, v: np.ndarray, theta: float) -> int:
+    """Sum of squared counts of both columns after rotating the pair by theta."""
+    rotated = (
+        u * np.cos(theta) - v * np.sin(theta),
+        u * np.sin(theta) + v * np.cos(theta),
+    )
+    return int(sum((occupancy(column) ** 2).sum() for column in rotated))
+
+
+def activations(tokens: int, width: int, outliers: int, seed: int) -> torch.Tensor:
+    """Gaussian rows, float32, with ``outliers`` channels 10 to 40 times as large."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randn(tokens, width, generator=draw)
+    where = torch.randperm(width, generator=draw)[:outliers]
+    rows[:, where] *= 10 + 30 * torch.rand(outliers, generator=draw)
+    return rows

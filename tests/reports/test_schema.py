@@ -1,0 +1,98 @@
+"""Records go to JSON and back, versions are checked, and the table says what it must."""
+
+import io
+import json
+import math
+
+import pytest
+from rich.console import Console
+
+from mxtorq.errors import UsageError
+from mxtorq.reports.render import cells, footnote, markdown, sqnr_db, terminal
+from mxtorq.reports.schema import VERSION, Results, Row
+
+EVALUATION = {"source": "t", "tokens": 100, "seqlen": 10, "text_sha256": "a"}
+CALIBRATION = {"source": "c", "tokens": 50, "seqlen": 10, "text_sha256": "b", "seed": 4}
+
+
+def row(method: str, perplexity: float, outliers: str | None = None, **more: object) -> Row:
+    plain = method == "bf16"
+    provenance = {"evaluation": EVALUATION, "baseline_dtype": "bfloat16", "compute_dtype": "x"}
+    if not plain:
+        provenance["calibration"] = CALIBRATION
+    values: dict[str, object] = {
+        "method": method,
+        "rounding": None if plain else "rtn",
+        "scale_rule": None if plain else "floor",
+        "perplexity": perplexity,
+        "nll": 1.0,
+        "predictions": 9,
+        "seed": None if plain else 4,
+        "outliers": outliers,
+        "provenance": provenance,
+        **more,
+    }
+    return Row(**values)  # type: ignore[arg-type]
+
+
+RESULTS = Results(
+    rows=(
+        row("bf16", 2.0),
+        row("torq", 2.5, site_error=0.01, multiply_adds_per_token=1234, quantize_seconds=1.5),
+        row("bf16", 4.0, "wild"),
+        row("identity", 5.0, "wild"),
+    ),
+    versions={"mxtorq": "0"},
+    command="mxtorq compare",
+)
+
+
+def test_there_and_back() -> None:
+    assert Results.from_json(RESULTS.to_json()) == RESULTS
+    content = json.loads(RESULTS.to_json())
+    assert content["version"] == VERSION
+    for line in content["rows"]:
+        assert {"method", "rounding", "scale_rule", "perplexity", "seed", "provenance"} <= set(line)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"schema": "mxtorq.results", "version": 99}'])
+def test_other_records_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="version 1"):
+        Results.from_json(text)
+
+
+def test_ratios_are_to_the_baseline_with_the_same_outliers() -> None:
+    table = cells(RESULTS)
+    assert table[0][5] == "-"
+    assert table[1][5] == "+25.00%"
+    assert table[3][5] == "+25.00%"
+    assert table[1][6] == "20.00 dB"
+    assert table[1][7] == "1,234"
+
+
+def test_the_footnote_tells_what_makes_figures_doubtful() -> None:
+    note = footnote(RESULTS)
+    assert "Perplexity on 't': 100 tokens, windows of 10" in note
+    assert "seed 4" in note
+    assert "Not a measurement of that LLM" in note
+    assert "optimistic" not in note
+    same = row("torq", 2.0)
+    same.provenance["calibration"] = {**CALIBRATION, "text_sha256": "a"}
+    same.provenance["unfit"] = {"model.layers.0.down_in": 172}
+    note = footnote(Results(rows=(same,), versions={}))
+    assert "optimistic" in note
+    assert "model.layers.0.down_in (width 172) stays in BF16" in note
+
+
+def test_renderings_hold_every_cell() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(terminal(RESULTS, "title"))
+    for text in (console.export_text(), markdown(RESULTS)):
+        for line in cells(RESULTS):
+            assert all(cell in text for cell in line)
+    assert markdown(RESULTS).startswith("`mxtorq compare`")
+
+
+def test_sqnr() -> None:
+    assert sqnr_db(0.01) == 20.0
+    assert sqnr_db(0.0) == math.inf

@@ -1,0 +1,396 @@
+"""A whole run on tiny models: what is written is what was computed, and the same each time."""
+
+import json
+import shutil
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mxtorq.loading.writer
+from mxtorq import pipeline
+from mxtorq.config import EvaluationPlan, Recipe, parse_method
+from mxtorq.errors import (
+    CheckpointError,
+    ModelError,
+    OutputError,
+    TextError,
+    UsageError,
+    VerificationError,
+)
+from mxtorq.export.checkpoint import read_checkpoint
+from mxtorq.formats import reference
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.mxfp4 import MXFP4, dequantize
+from mxtorq.loading.checkpoint import load
+from mxtorq.models import FAMILIES
+from mxtorq.surgery.linear import MXFP4Linear, fused_weight
+
+METHODS = ["identity", "hadamard", "torq"]
+
+
+def recipe(method: str, text: Path, **changes: object) -> Recipe:
+    settings: dict[str, object] = {
+        "method": parse_method(method),
+        "calibration": str(text),
+        "calibration_tokens": 512,
+        "seqlen": 64,
+        **changes,
+    }
+    return Recipe(**settings)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def written(
+    tiny_folders: dict[str, Path], story: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """A checkpoint of every tiny model by every method."""
+    root = tmp_path_factory.mktemp("written")
+    folders = {}
+    for family, model in tiny_folders.items():
+        for method in METHODS:
+            out = root / f"{family}-{method}"
+            pipeline.quantize(str(model), out, recipe(method, story), device="cpu")
+            folders[family, method] = out
+    return folders
+
+
+CASES = [(family, method) for family in FAMILIES for method in METHODS]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_disk_memory_and_reference_are_the_same_bits(
+    case: tuple[str, str],
+    written: dict[tuple[str, str], Path],
+    tiny_folders: dict[str, Path],
+    story: Path,
+) -> None:
+    family = FAMILIES[case[0]]
+    source = pipeline.load_model(str(tiny_folders[case[0]]), None, 0, "cpu")
+    settings = recipe(case[1], story)
+    windows = pipeline.calibrate(source, settings)
+    pipeline.quantize_(source, windows.ids, settings, pipeline.silent)
+    stored = read_checkpoint(written[case]).tensors
+    replaced = {n: m for n, m in source.model.named_modules() if isinstance(m, MXFP4Linear)}
+    assert len(replaced) == 2 * sum(len(site.linears) for site in family.sites)
+    for name, module in replaced.items():
+        packed, scales = stored[f"{name}.weight_packed"], stored[f"{name}.weight_scale"]
+        assert torch.equal(packed, module.weight_packed)
+        assert torch.equal(scales, module.weight_scale)
+        values = dequantize(MXFP4(packed, scales))
+        for row in (0, len(packed) - 1):  # the reference decoder, a row at each end
+            for column in range(0, values.shape[1], 7):
+                byte = int(packed[row, column // 2])
+                code = byte >> 4 if column % 2 else byte & 15
+                exact = reference.element_value(code, int(scales[row, column // 32]))
+                assert exact == Fraction(values[row, column].item())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_the_reference_rounding_of_the_fused_weight(
+    case: tuple[str, str],
+    written: dict[tuple[str, str], Path],
+    tiny_folders: dict[str, Path],
+) -> None:
+    family = FAMILIES[case[0]]
+    source = pipeline.load_model(str(tiny_folders[case[0]]), None, 0, "cpu")
+    model = load(written[case], device="cpu")
+    name = family.linear_name(1, family.sites[-1].linears[0])
+    module = model.get_submodule(name)
+    fused = fused_weight(source.model.get_submodule(name), module.transform).float()
+    for row in (0, 5, 63):
+        for block in range(fused.shape[1] // 32):
+            values = fused[row, block * 32 : block * 32 + 32].tolist()
+            byte, codes = reference.quantize_block(values, ScaleRule.FLOOR)
+            assert byte == module.weight_scale[row, block]
+            stored = module.weight_packed[row, block * 16 : block * 16 + 16].tolist()
+            assert codes == [code for byte in stored for code in (byte & 15, byte >> 4)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_checkpoint_evaluates_as_the_model_in_the_comparison(
+    case: tuple[str, str],
+    written: dict[tuple[str, str], Path],
+    tiny_folders: dict[str, Path],
+    story: Path,
+) -> None:
+    plan = EvaluationPlan(text=str(story), eval_tokens=512, seqlen=64)
+    recipes = [recipe(case[1], story)]
+    compared = pipeline.compare(str(tiny_folders[case[0]]), recipes, plan, device="cpu")
+    evaluated = pipeline.evaluate(str(written[case]), plan, device="cpu")
+    baseline, row = compared.rows
+    assert (baseline.method, baseline.rounding, baseline.scale_rule) == ("bf16", None, None)
+    assert (row.method, row.rounding, row.scale_rule, row.seed) == (case[1], "rtn", "floor", 0)
+    assert evaluated.rows[0].perplexity == row.perplexity
+    assert evaluated.rows[0].method == row.method
+    assert evaluated.rows[0].site_error == pytest.approx(row.site_error, rel=1e-12)
+    assert row.perplexity != baseline.perplexity
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(
+    written: dict[tuple[str, str], Path],
+    tiny_folders: dict[str, Path],
+    story: Path,
+    tmp_path: Path,
+) -> None:
+    first = written["qwen3", "torq"]
+    model = str(tiny_folders["qwen3"])
+    pipeline.quantize(model, tmp_path / "again", recipe("torq", story), device="cpu")
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "again").iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name
+    pipeline.quantize(model, tmp_path / "other", recipe("torq", story, seed=1), device="cpu")
+    weights = "mxtorq-model.safetensors"
+    assert (first / weights).read_bytes() != (tmp_path / "other" / weights).read_bytes()
+
+
+def test_the_quantized_layer_feeds_the_next(tiny_folders: dict[str, Path], story: Path) -> None:
+    """The second layer's statistics come from a quantized first layer."""
+    source = pipeline.load_model(str(tiny_folders["llama"]), None, 0, "cpu")
+    settings = recipe("torq", story)
+    windows = pipeline.calibrate(source, settings)
+    alone = pipeline.load_model(str(tiny_folders["llama"]), None, 0, "cpu")
+    pipeline.quantize_(source, windows.ids, settings, pipeline.silent)
+    layers = alone.model.model.layers
+    inputs = pipeline.first_layer_inputs(alone.model, alone.family, windows.ids)
+    sites = {alone.family.site_name(1, s): s for s in alone.family.sites}
+    quantized_first = source.model.model.layers[0]
+    pipeline.advance_(quantized_first, inputs)
+    statistics = pipeline.capture_sites(layers[1], sites, inputs, settings.seed)
+    name = "model.layers.1.qkv_in"
+    expected = settings.method.fit(statistics[name], settings.seed).matrix()
+    found = source.model.model.layers[1].self_attn.q_proj.transform.matrix()
+    assert torch.equal(found, expected)
+
+
+def test_progress_reaches_its_end(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    pipeline.quantize(
+        str(tiny_folders["llama"]),
+        tmp_path / "out",
+        recipe("identity", story),
+        device="cpu",
+        progress=lambda *step: calls.append(step),
+    )
+    assert calls == [
+        *(("quantize", done, 2) for done in range(3)),
+        *(("write", done, 2) for done in range(3)),
+    ]
+
+
+# What is not ours to load, and what is broken.
+
+
+def test_stock_transformers_runs_an_identity_checkpoint(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """With the rule that compressed-tensors has (even), the stock path computes the same."""
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    settings = recipe("identity", story, scale_rule=ScaleRule.EVEN)
+    pipeline.quantize(str(tiny_folders["llama"]), out, settings, device="cpu")
+    stock = AutoModelForCausalLM.from_pretrained(out).eval()
+    ids = torch.arange(40)[None] % 256
+    with torch.no_grad():
+        ours = load(out, device="cpu").to(torch.bfloat16)(input_ids=ids).logits
+        theirs = stock(input_ids=ids).logits
+    # The same operands, exact in bfloat16, through the same matrix product.
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_stock_transformers_refuses_a_rotated_checkpoint(
+    family: str, written: dict[tuple[str, str], Path]
+) -> None:
+    """It would drop the transforms, so it must not find weights to run."""
+    from transformers import AutoModelForCausalLM
+
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(written[family, "torq"])
+
+
+@pytest.fixture
+def broken(written: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
+    """A private copy of a checkpoint, to be broken."""
+    return Path(shutil.copytree(written["llama", "torq"], tmp_path / "broken"))
+
+
+@pytest.mark.parametrize(
+    "name", ["mxtorq-model.safetensors", "mxtorq-transforms.safetensors", "config.json"]
+)
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_damaged_files_are_refused(broken: Path, name: str, damage: str) -> None:
+    path = broken / name
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[:-1])
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(CheckpointError, match=name):
+        load(broken, device="cpu")
+
+
+def forge(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Replace a tensor file and make the manifest agree, as an adversary would."""
+    import hashlib
+
+    save_file(tensors, folder / name)
+    manifest = json.loads((folder / "mxtorq.json").read_text())
+    content = (folder / name).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    manifest["files"][name] = {"sha256": digest, "bytes": len(content)}
+    (folder / "mxtorq.json").write_text(json.dumps(manifest))
+
+
+def test_consistent_files_with_wrong_content_are_refused(broken: Path) -> None:
+    name = "mxtorq-model.safetensors"
+    good = load_file(broken / name)
+    linear = "model.layers.0.mlp.up_proj"
+    without = {k: v for k, v in good.items() if k != f"{linear}.weight_scale"}
+    narrow = {**good, f"{linear}.weight_packed": good[f"{linear}.weight_packed"][:, :-1].clone()}
+    missing = {k: v for k, v in good.items() if k != "model.norm.weight"}
+    extra = {**good, "model.other.weight": torch.zeros(3)}
+    for tensors, message in (
+        (without, "weight_scale"),
+        (narrow, "MXFP4 keeps two codes"),
+        (missing, r"model\.norm\.weight"),
+        (extra, r"model\.other"),
+    ):
+        forge(broken, name, tensors)
+        with pytest.raises(CheckpointError, match=message):
+            load(broken, device="cpu")
+
+
+def test_a_damaged_transform_is_refused(broken: Path) -> None:
+    name = "mxtorq-transforms.safetensors"
+    good = load_file(broken / name)
+    key = "model.layers.0.qkv_in.intra"
+    for tensors in (
+        {**good, key: good[key] * 2},
+        {k: v for k, v in good.items() if k != "model.layers.0.qkv_in.inter.cos"},
+    ):
+        forge(broken, name, tensors)
+        with pytest.raises(CheckpointError, match=r"model\.layers\.0\.qkv_in"):
+            load(broken, device="cpu")
+
+
+def test_an_unknown_manifest_version_is_refused(broken: Path) -> None:
+    path = broken / "mxtorq.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 7'))
+    with pytest.raises(CheckpointError, match="version 7"):
+        load(broken, device="cpu")
+
+
+def test_what_is_no_checkpoint(tmp_path: Path, tiny_folders: dict[str, Path]) -> None:
+    for folder in (tmp_path, tmp_path / "none", tiny_folders["llama"]):
+        with pytest.raises(CheckpointError, match=r"manifest mxtorq\.json"):
+            load(folder, device="cpu")
+
+
+def test_a_mismatch_after_writing_is_an_error_and_leaves_nothing(
+    tiny_folders: dict[str, Path],
+    story: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A writer that stores one wrong code is caught by reading back."""
+    honest = mxtorq.loading.writer.stored_tensors
+
+    def lying(source: object) -> dict[str, torch.Tensor]:
+        tensors = {k: v.clone() for k, v in honest(source).items()}  # type: ignore[arg-type]
+        tensors["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 0x07
+        return tensors
+
+    monkeypatch.setattr(mxtorq.loading.writer, "stored_tensors", lying)
+    with pytest.raises(VerificationError, match="logits differ"):
+        pipeline.quantize(
+            str(tiny_folders["llama"]), tmp_path / "out", recipe("torq", story), device="cpu"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_come_before_work_and_leave_nothing(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    model = str(tiny_folders["llama"])
+    (tmp_path / "there").mkdir()
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    for out, settings, error in (
+        ("there", recipe("torq", story), OutputError),
+        ("out", recipe("torq", short), TextError),
+        ("out", recipe("torq", story, seqlen=129), UsageError),
+        ("out", recipe("torq", story, outliers="none"), UsageError),
+        ("out", recipe("torq", tmp_path / "missing"), TextError),
+    ):
+        with pytest.raises(error):
+            pipeline.quantize(model, tmp_path / out, settings, device="cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "there"]
+
+
+def test_activations_that_overflow_name_their_site(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders["qwen3"], tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.down_in"):
+        pipeline.quantize(str(folder), tmp_path / "out", recipe("torq", story), device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_outliers_belong_to_quantize_not_to_a_checkpoint(
+    written: dict[tuple[str, str], Path], story: Path
+) -> None:
+    plan = EvaluationPlan(text=str(story), seqlen=64)
+    with pytest.raises(UsageError, match="--outliers"):
+        pipeline.evaluate(str(written["llama", "torq"]), plan, outliers="qwen3-0.6b")
+
+
+def test_unfit_sites_stay_in_bfloat16_and_the_manifest_says_so(
+    data: Path, tmp_path: Path
+) -> None:
+    """stories260K: a real trained model whose ffn of 172 cannot hold MX blocks."""
+    model = str(data / "models/stories260K")
+    text = data / "text/tinystories_5k.jsonl"
+    settings = recipe("torq", text, calibration_tokens=1024, seqlen=256)
+    with pytest.raises(ModelError, match=r"mlp\.down_proj: 172 input features"):
+        pipeline.quantize(model, tmp_path / "out", settings, device="cpu")
+    allowed = recipe("torq", text, calibration_tokens=1024, seqlen=256, allow_unfit=True)
+    manifest = pipeline.quantize(model, tmp_path / "out", allowed, device="cpu")
+    assert manifest.unfit == {f"model.layers.{i}.down_in": 172 for i in range(5)}
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "model.layers.0.mlp.down_proj" in config["quantization_config"]["ignore"]
+    loaded = load(tmp_path / "out", device="cpu")
+    assert type(loaded.get_submodule("model.layers.0.mlp.down_proj")) is torch.nn.Linear
+
+
+def test_a_real_trained_model_end_to_end(data: Path, tmp_path: Path) -> None:
+    """babyllama-tok361 on TinyStories: BF16 near its known perplexity, and quantized ones above."""
+    model = str(data / "models/babyllama-tok361")
+    text = data / "text/tinystories_5k.jsonl"
+    plan = EvaluationPlan(text=str(text), eval_tokens=8192)
+    recipes = [
+        recipe(m, text, calibration_tokens=4096, seqlen=256) for m in ("identity", "hadamard")
+    ]
+    baseline, identity, hadamard = pipeline.compare(model, recipes, plan, device="cpu").rows
+    assert 1.85 < baseline.perplexity < 2.2
+    assert baseline.perplexity < hadamard.perplexity < 4
+    assert baseline.perplexity < identity.perplexity < 4
+    saturating = recipe(
+        "identity", text, calibration_tokens=4096, seqlen=256, scale_rule=ScaleRule.FLOOR6
+    )
+    collapsed = pipeline.compare(model, [saturating], plan, device="cpu").rows[1]
+    assert collapsed.perplexity > 2 * identity.perplexity

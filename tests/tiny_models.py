@@ -1,0 +1,93 @@
+"""A tiny random model of each family, with everything that makes surgery hard.
+
+Grouped-query attention, heads whose total is not the hidden size (Qwen3), biases (Llama), norm
+gains that are not one, and a tied head in one of the two.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+)
+
+_SHARED: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 256,
+    "eos_token_id": 256,
+}
+
+CONFIGS = {
+    "llama": LlamaConfig(**_SHARED, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "qwen3": Qwen3Config(**_SHARED, head_dim=32, tie_word_embeddings=True),
+}
+
+
+def build(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    """A random model in float32 with weights, gains and biases of a realistic spread."""
+    config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+            else:
+                parameter.normal_(std=0.15)
+    return model.eval().requires_grad_(False)
+
+
+def build_fp64(family: str) -> torch.nn.Module:
+    """A tiny model that computes in float64 throughout.
+
+    transformers' RMSNorm goes through float32 whatever the model's dtype is, which would hide (or
+    blow up) differences of float64 size.
+    """
+    model = build(family).double()
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
+    return model
+
+
+def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return (
+        module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    )
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and a BOS."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {**{letter: i for i, letter in enumerate(alphabet)}, "<s>": 256}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="<s>")
+
+
+def save(model: torch.nn.Module, folder: Path) -> Path:
+    """Write a model in BF16 and its tokenizer as a Hugging Face folder."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokens(count: int, length: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids [count, length]."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, length), generator=draw)
