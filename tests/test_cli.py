@@ -138,3 +138,20 @@ def test_an_interrupt_ends_quickly_and_leaves_nothing(
     assert work.returncode == 130
     assert "Interrupted: nothing was written to out" in errors
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_shows_every_method_without_and_with_outliers(tmp_path: Path) -> None:
+    record = tmp_path / "demo.json"
+    done = run(
+        "demo",
+        *("--methods", "identity,torq:levels=inter", "--json", record, "--out", tmp_path / "kept"),
+        *("--calibration-tokens", 2048, "--eval-tokens", 2048),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = Results.from_json(record.read_text()).rows
+    methods = ["bf16", "identity", "torq:levels=inter"]
+    assert [row.method for row in rows] == methods * 2
+    assert [row.outliers for row in rows] == [None] * 3 + ["qwen3-0.6b"] * 3
+    assert "Not a measurement of that LLM" in done.stdout
+    assert "bit for bit" in done.stdout
+    assert run("inspect", tmp_path / "kept").returncode == 0

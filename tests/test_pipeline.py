@@ -24,7 +24,7 @@ from mxtorq.export.checkpoint import read_checkpoint
 from mxtorq.formats import reference
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize
-from mxtorq.loading.checkpoint import load
+from mxtorq.loading.checkpoint import build_model, load
 from mxtorq.models import FAMILIES
 from mxtorq.surgery.linear import MXFP4Linear, fused_weight
 
@@ -178,6 +178,7 @@ def test_progress_reaches_its_end(
         progress=lambda *step: calls.append(step),
     )
     assert calls == [
+        *(("load", done, 2) for done in range(3)),
         *(("quantize", done, 2) for done in range(3)),
         *(("write", done, 2) for done in range(3)),
     ]
@@ -199,7 +200,7 @@ def test_stock_transformers_runs_an_identity_checkpoint(
     stock = AutoModelForCausalLM.from_pretrained(out).eval()
     ids = torch.arange(40)[None] % 256
     with torch.no_grad():
-        ours = load(out, device="cpu").to(torch.bfloat16)(input_ids=ids).logits
+        ours = build_model(read_checkpoint(out), "out")(input_ids=ids).logits
         theirs = stock(input_ids=ids).logits
     # The same operands, exact in bfloat16, through the same matrix product.
     assert torch.equal(ours, theirs)
@@ -359,9 +360,7 @@ def test_outliers_belong_to_quantize_not_to_a_checkpoint(
         pipeline.evaluate(str(written["llama", "torq"]), plan, outliers="qwen3-0.6b")
 
 
-def test_unfit_sites_stay_in_bfloat16_and_the_manifest_says_so(
-    data: Path, tmp_path: Path
-) -> None:
+def test_unfit_sites_stay_in_bfloat16_and_the_manifest_says_so(data: Path, tmp_path: Path) -> None:
     """stories260K: a real trained model whose ffn of 172 cannot hold MX blocks."""
     model = str(data / "models/stories260K")
     text = data / "text/tinystories_5k.jsonl"

@@ -136,7 +136,8 @@ def main() -> None:
             left = spent / (step + 1) * (args.steps - step - 1)
             print(
                 f"step {step + 1}/{args.steps}  loss {running:.4f}  "
-                f"{(step + 1) * args.batch * CONTEXT / spent:,.0f} tokens/s  {left / 60:.1f} min left",
+                f"{(step + 1) * args.batch * CONTEXT / spent:,.0f} tokens/s  "
+                f"{left / 60:.1f} min left",
                 flush=True,
             )
 

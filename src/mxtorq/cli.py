@@ -21,6 +21,7 @@ from mxtorq.console import (
     report_written,
     require_writable,
     speaking,
+    write_record,
 )
 from mxtorq.errors import UsageError
 
@@ -93,6 +94,10 @@ Json = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the results as JSON.")
 ]
 
+ManifestJson = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
+]
+
 
 @app.command(
     epilog="Examples:\n\n"
@@ -115,6 +120,7 @@ def quantize(
     outliers: Outliers = None,
     allow_unfit: Unfit = False,
     device: Device = "auto",
+    json_path: ManifestJson = None,
 ) -> None:
     """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked."""
     with speaking(f"nothing was written to {paths[-1]}"):
@@ -128,6 +134,7 @@ def quantize(
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
 
+        require_writable(json_path)
         recipe = _recipe(
             method,
             rounding,
@@ -142,6 +149,7 @@ def quantize(
         with progress_bars() as progress:
             manifest = pipeline.quantize(model, Path(out), recipe, device=device, progress=progress)
         report_written(Path(out), manifest)
+        write_record(json_path, manifest.to_json())
 
 
 @app.command(
@@ -223,10 +231,10 @@ def demo(
     outliers: Annotated[
         str, typer.Option("--outliers", help="The profile of the second half.")
     ] = DEMO_OUTLIERS,
-    calibration_tokens: CalibrationTokens = 32_768,
+    calibration_tokens: CalibrationTokens = 16_384,
     eval_tokens: Annotated[
         int, typer.Option("--eval-tokens", help="Tokens to evaluate on.")
-    ] = 65_536,
+    ] = 32_768,
     seed: Seed = 0,
     json_path: Json = None,
     keep: Annotated[
@@ -272,7 +280,7 @@ def demo(
 @app.command(epilog="Example:\n\n  mxtorq inspect my-checkpoint --json what.json")
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="A folder that quantize wrote.")],
-    json_path: Json = None,
+    json_path: ManifestJson = None,
 ) -> None:
     """What a checkpoint is: method, rules, calibration, files (checked), every site's error."""
     with speaking("no results were written"):
@@ -281,8 +289,7 @@ def inspect(
         require_writable(json_path)
         manifest = read_manifest(checkpoint)
         report_contents(checkpoint, manifest)
-        if json_path is not None:
-            json_path.write_text(manifest.to_json(), encoding="utf-8")
+        write_record(json_path, manifest.to_json())
 
 
 def main() -> None:

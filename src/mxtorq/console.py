@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,7 +23,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from mxtorq.errors import MxtorqError, UsageError
+from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, terminal
 from mxtorq.reports.schema import Results
@@ -31,6 +32,7 @@ OUT = Console()
 _ERR = Console(stderr=True)
 _NARROWEST = 120
 """Columns of a table that goes into a file: fewer would cut figures."""
+_LOG_SECONDS = 30
 
 
 @contextmanager
@@ -55,10 +57,16 @@ def speaking(after_interrupt: str) -> Iterator[None]:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars with the time left, one a stage, on standard error."""
+    """How far each stage is and how long it will take, on standard error.
+
+    Bars on a terminal; in a log, a line when a stage ends and every half a minute.
+    """
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # its own bars would break ours
+    if not _ERR.is_terminal:
+        yield _log_lines()
+        return
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -79,6 +87,23 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         yield callback
 
 
+def _log_lines() -> Callable[[str, int, int], None]:
+    started: dict[str, float] = {}
+    spoken: dict[str, float] = {}
+
+    def callback(stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done == 0 or stage not in started:
+            started[stage] = spoken[stage] = now
+        if done == total or now - spoken[stage] >= _LOG_SECONDS:
+            spent = now - started[stage]
+            left = f", about {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
+            _ERR.print(f"{escape(stage)}: {done}/{total} in {spent:.0f} s{left}", soft_wrap=True)
+            spoken[stage] = now
+
+    return callback
+
+
 def require_writable(path: Path | None) -> None:
     """Refuse a --json path before hours of work instead of after them."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
@@ -90,14 +115,35 @@ def require_writable(path: Path | None) -> None:
         )
 
 
+def write_record(path: Path | None, text: str) -> None:
+    """Write a JSON record where it was asked for, whole or not at all.
+
+    Raises:
+        OutputError: the disk is full or refuses.
+    """
+    if path is None:
+        return
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staging.write_text(text, encoding="utf-8")
+        staging.replace(path)
+    except OSError as error:
+        staging.unlink(missing_ok=True)
+        raise OutputError(
+            asked=f"--json {path}",
+            found=f"{type(error).__name__}: {error}",
+            why="the record could not be written in full",
+            todo="free space on that disk or name another place; the table above is complete",
+        ) from error
+    OUT.print(f"Record written to {escape(str(path))}")
+
+
 def report_results(results: Results, json_path: Path | None, title: str) -> None:
     """Print a table of results and write the record where it was asked for."""
     results = replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
     wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
     wide.print(terminal(results, escape(title)))
-    if json_path is not None:
-        json_path.write_text(results.to_json(), encoding="utf-8")
-        OUT.print(f"Results written to {escape(str(json_path))}")
+    write_record(json_path, results.to_json())
 
 
 def report_written(path: Path, manifest: Manifest) -> None:

@@ -29,7 +29,6 @@ from mxtorq.evaluation.perplexity import perplexity
 from mxtorq.export.checkpoint import (
     is_checkpoint,
     output_folder,
-    read_manifest,
     require_absent,
     write_manifest,
 )
@@ -84,8 +83,11 @@ def quantize(
         MxtorqError: with what to do; nothing is left behind.
     """
     require_absent(out)
+    progress("load", 0, 2)
     source = load_model(model, recipe.outliers, recipe.seed, device)
+    progress("load", 1, 2)
     windows = calibrate(source, recipe)
+    progress("load", 2, 2)
     with output_folder(out) as folder:
         quantized = quantize_(source, windows.ids, recipe, progress)
         progress("write", 0, 2)
@@ -112,8 +114,10 @@ def evaluate(
     Raises:
         MxtorqError: with what to do.
     """
+    progress("load", 0, 1)
     if not is_checkpoint(Path(model)):
         source = load_model(model, outliers, seed, device)
+        progress("load", 1, 1)
         row = evaluate_baseline(source, evaluation_data(source, plan), outliers, progress)
         return Results(rows=(row,), versions=versions())
     if outliers is not None:
@@ -123,8 +127,8 @@ def evaluate(
             why="they cannot be rescaled exactly any more",
             todo="pass --outliers to `quantize` instead",
         )
-    source = load_checkpoint(model, pick_device(device))
-    manifest = read_manifest(Path(model))
+    source, manifest = load_checkpoint(model, pick_device(device))
+    progress("load", 1, 1)
     windows = evaluation_data(source, plan)
     row = replace(
         evaluate_baseline(source, windows, manifest.source["outliers"], progress),
@@ -159,8 +163,11 @@ def compare(
     drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
     for outliers in dict.fromkeys(recipe.outliers for recipe in recipes):
         group = [recipe for recipe in recipes if recipe.outliers == outliers]
+        progress("load", 0, 2)
         source = load_model(model, outliers, group[0].seed, device)
+        progress("load", 1, 2)
         windows = evaluation_data(source, plan)
+        progress("load", 2, 2)
         rows.append(evaluate_baseline(source, windows, outliers, progress))
         for recipe in group:
             key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
@@ -236,7 +243,8 @@ def quantize_(
         sites = {name: site for name, site in sites.items() if name not in unfit}
         statistics = capture_sites(layer, sites, inputs, recipe.seed)
         for name, site in sites.items():
-            transforms[name] = recipe.method.fit(statistics[name], recipe.seed)
+            fitted = recipe.method.fit(statistics[name], recipe.seed)
+            transforms[name] = fitted.to(statistics[name].hessian.device)
             error = round_site_(layer, site, transforms[name], statistics[name], recipe)
             entries.append(_site_entry(family, index, site, transforms[name], error))
         advance_(layer, inputs)

@@ -430,7 +430,8 @@ def test_parts_that_do_not_belong_together(packed, scales):
     parts = MXFP4(torch.zeros(packed, dtype=torch.uint8), torch.zeros(scales, dtype=torch.uint8))
     with pytest.raises(FormatError) as caught:
         dequantize(parts)
-    assert_four_parts(caught.value, found=f"{packed} and scales {scales}", todo="of one weight")
+    found = f"torch.uint8 {packed} and scales torch.uint8 {scales}"
+    assert_four_parts(caught.value, found=found, todo="of one weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int32])

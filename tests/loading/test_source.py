@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+import tiny_models
 from mxtorq.errors import ModelError
 from mxtorq.loading.source import load_source, pick_device
 from mxtorq.models import FAMILIES
@@ -91,7 +91,7 @@ def test_an_unknown_architecture(folder: Path) -> None:
 
 def test_a_quantized_model(folder: Path) -> None:
     edit_config(folder, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(ModelError, match="quantized already .*'gptq'"):
+    with pytest.raises(ModelError, match=r"quantized already .*'gptq'"):
         load_source(str(folder), CPU)
 
 

@@ -23,7 +23,9 @@ def test_the_function_is_kept_to_the_bit(name: str, profile: str, dtype: torch.d
     add_outliers_(changed, FAMILIES[name], profile, seed=0)
     ids = tiny_models.tokens(2, 16)
     assert torch.equal(model(input_ids=ids).logits, changed(input_ids=ids).logits)
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), changed.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(model.parameters(), changed.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -29,6 +29,9 @@ from mxtorq.errors import TextError
 
 Role = Literal["calibration", "evaluation"]
 
+_ENCODED_AT_ONCE = 256
+"""Documents a call: the tokenizer's own bookkeeping takes a hundred times their size."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
@@ -90,11 +93,14 @@ def load_text(name: str, role: Role) -> Text:
 
 def tokenize(text: Text, tokenizer: Any) -> Int64[Tensor, " tokens"]:
     """All documents as one row of token ids, each opened by BOS where the tokenizer has one."""
-    encoded = tokenizer(
-        list(text.documents), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return torch.tensor([token for ids in encoded for token in (*bos, *ids)], dtype=torch.int64)
+    parts: list[Tensor] = []
+    for start in range(0, len(text.documents), _ENCODED_AT_ONCE):
+        some = list(text.documents[start : start + _ENCODED_AT_ONCE])
+        for ids in tokenizer(some, **options)["input_ids"]:
+            parts.append(torch.tensor([*bos, *ids], dtype=torch.int64))
+    return torch.cat(parts)
 
 
 def evaluation_windows(text: Text, tokenizer: Any, *, seqlen: int, tokens: int | None) -> Windows:

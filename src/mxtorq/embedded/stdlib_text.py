@@ -71,8 +71,9 @@ def _root() -> Path:
 
 def _sources() -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in _root().rglob("*.py"):
-        parts = path.relative_to(_root()).parts
+    root = _root()
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root).parts
         if _LEFT_OUT.intersection(parts) or parts[0] == "pydoc_data":
             continue
         if any(part.startswith(_LEFT_OUT_PREFIXES) for part in parts):

@@ -11,33 +11,66 @@ order is the one of compressed-tensors, torchao and OCP-aligned engines; GGUF di
 """
 
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from mxtorq.formats.spec import E2M1_CUTS, E2M1_MAGNITUDES, E2M1_SIGN
+from mxtorq.formats.spec import E2M1_MAGNITUDES, E2M1_SIGN
 
-# bucketize counts the cuts that lie strictly below a value. A tie must go up exactly where the
-# upper code is even (cuts 1, 3, 5), so those three cuts sit one ulp lower.
-_CUTS = torch.tensor(E2M1_CUTS, dtype=torch.float32)
-_CUTS[1::2] = torch.nextafter(_CUTS[1::2], torch.tensor(0.0))
 _VALUES = torch.tensor([*E2M1_MAGNITUDES, *(-m for m in E2M1_MAGNITUDES)], dtype=torch.float32)
+_PAIRS = torch.stack((_VALUES.repeat(16), _VALUES.repeat_interleave(16)), dim=-1)
+_PAIR_DTYPES = {torch.float32: torch.int64, torch.bfloat16: torch.int32}
+
+# Float32 bit patterns. Magnitudes order like the integers behind them, with Inf and NaN on top.
+_ABS, _EXPONENT, _ONE, _SIX = 0x7FFFFFFF, 0x7F800000, 0x3F800000, 0x40C00000
+
+# Between 2^22 p and 2^23 p float32 numbers are p/2 apart, which is the distance of E2M1 neighbours
+# from p to 2p (and below 1, with p = 1). So adding 2^22 p rounds as E2M1 does, ties to even
+# included, and leaves the steps k = 2 |v| / p in the low bits. The code is k + 2 log2 p. The 3 p on
+# top (six steps: an even number, so ties stay even) make the exponent's part of
+# (bits >> 22) + bits vanish modulo 8.
+_SHIFT = 2.0**22 + 3.0
 
 
 def encode(values: Float32[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """The code of the nearest element, ties to even, saturating. NaN has none: it gives 7 or 15."""
-    magnitude = torch.bucketize(values.abs(), _CUTS.to(values.device), out_int32=True)
-    sign = torch.signbit(values).to(torch.int32) * E2M1_SIGN
-    return (magnitude | sign).to(torch.uint8)
+    shifted, _ = _shifted(values)
+    bits = shifted.view(torch.int32)
+    magnitude = (bits >> 22).add_(bits).to(torch.uint8).bitwise_and_(7)
+    sign = (values.view(torch.int32) >> 28).to(torch.uint8).bitwise_and_(E2M1_SIGN)
+    return magnitude.bitwise_or_(sign)
 
 
 def decode(codes: UInt8[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
     """The value of each code 0..15, exact."""
-    return _VALUES.to(codes.device)[codes.int()]
+    return _VALUES.to(codes.device).index_select(0, codes.int().flatten()).view(codes.shape)
+
+
+def nearest(values: Float32[Tensor, "*shape"]) -> Float32[Tensor, "*shape"]:
+    """`decode(encode(values))` without the codes; NaN gives 6 or -6."""
+    shifted, power = _shifted(values)
+    return shifted.sub_(power, alpha=_SHIFT).copysign_(values)
+
+
+def _shifted(
+    values: Float32[Tensor, "*shape"],
+) -> tuple[Float32[Tensor, "*shape"], Float32[Tensor, "*shape"]]:
+    magnitude = (values.view(torch.int32) & _ABS).clamp_(max=_SIX)
+    power = (magnitude & _EXPONENT).clamp_(min=_ONE).view(torch.float32)
+    return magnitude.view(torch.float32).add_(power, alpha=_SHIFT), power
+
+
+def decode_packed(
+    packed: UInt8[Tensor, "*rows half"], dtype: torch.dtype
+) -> Float[Tensor, "*rows n"]:
+    """`decode(unpack(packed))` in float32 or bfloat16: one look-up for a pair of elements."""
+    pairs = _PAIRS.to(packed.device, dtype).view(_PAIR_DTYPES[dtype]).flatten()
+    values = pairs.index_select(0, packed.int().flatten()).view(dtype)
+    return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
 def pack(codes: UInt8[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
     """Two codes a byte, the even element in the low nibble."""
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return torch.add(codes[..., 0::2], codes[..., 1::2], alpha=16)
 
 
 def unpack(packed: UInt8[Tensor, "*rows half"]) -> UInt8[Tensor, "*rows n"]:

@@ -55,19 +55,19 @@ class ScaleRule(StrEnum):
 _CARDS = {
     ScaleRule.FLOOR: RuleCard(
         formula="2^(floor(log2 amax) - 2)",
-        cost="amax/s in [4, 8): maxima above 7 are cut to 6, up to a quarter of their size",
+        cost="amax/s in [4, 8): maxima above 6 are cut to 6, by up to a quarter",
         used_by="OCP MX v1.0 section 6.3; torchao FLOOR, microxcaling, gguf, ml_dtypes recipes",
         add=0,
     ),
     ScaleRule.EVEN: RuleCard(
         formula="2^(floor(log2 round(amax)) - 2), round: to one fraction bit, half to even",
-        cost="amax/s in [3.5, 7): maxima are cut to 6 by a seventh at most; grid coarser above 7",
+        cost="amax/s in [3.5, 7): maxima above 6 are cut to 6, by up to a seventh",
         used_by="compressed-tensors, llm-compressor, AMD Quark, vLLM's emulation",
         add=0x200000,
     ),
     ScaleRule.RCEIL: RuleCard(
         formula="2^ceil(log2(amax / 6))",
-        cost="amax/s in (3, 6]: nothing is ever cut; half the range stays idle just above 6",
+        cost="amax/s in (3, 6]: nothing is cut; just above 3 half of the range stays idle",
         used_by="NVIDIA Blackwell conversion (FlashInfer in vLLM), torchao RCEIL, modelopt",
         add=0x3FFFFF,
     ),
@@ -85,7 +85,7 @@ _CARDS = {
     ),
     ScaleRule.UOS: RuleCard(
         formula="2^ceil(log2(amax / 7.25))",
-        cost="amax/s in (3.625, 7.25]: maxima above 6 are cut by 1.25/7.25 at most",
+        cost="amax/s in (3.625, 7.25]: maxima above 6 are cut to 6, by up to 17 %",
         used_by="MXAttention (arXiv 2607.24377), auto-round rceil_v2",
         add=0x17FFFF,
     ),

@@ -8,11 +8,12 @@ A block is scaled by an exact power of two and rounded once, so these functions 
 version in `reference` bit for bit. A block with NaN or Inf gets scale 255 and codes 0, and
 dequantizes to NaN; an all-zero block gets byte 0.
 
-The work goes through the tensor in chunks whose scratch fits a core's second-level cache: whole
-fresh temporaries cost several times more in page faults than in arithmetic. Bits do not depend on
-the chunk size.
+On a CPU the work goes through the tensor in chunks whose scratch fits a core's second-level cache:
+whole fresh temporaries cost several times more in page faults than in arithmetic. Bits do not
+depend on the chunk size.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ from mxtorq.formats import e2m1, e8m0
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.spec import BLOCK, E8M0_NAN
 
-CHUNK_BLOCKS = 2048
-"""Blocks that one step works on: 256 KiB of float32 scratch."""
+CHUNK_BLOCKS = 8192
+"""Blocks that one step works on on a CPU: 1 MiB of float32 scratch. Elsewhere 128 times more."""
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -49,10 +50,10 @@ def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
     blocks = _as_blocks(values)
     packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=values.device)
     scales = torch.empty(len(blocks), dtype=torch.uint8, device=values.device)
-    for start in range(0, len(blocks), CHUNK_BLOCKS):
-        here = slice(start, start + CHUNK_BLOCKS)
-        codes, scales[here] = _encode_blocks(blocks[here].float(), rule)
-        packed[here] = e2m1.pack(codes)
+    for here in _chunks(blocks):
+        scaled, scales[here] = _scaled(blocks[here].float(), rule)
+        packed[here] = e2m1.pack(e2m1.encode(scaled))
+    packed.index_fill_(0, (scales == E8M0_NAN).nonzero().flatten(), 0)
     *rows, width = values.shape
     return MXFP4(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
 
@@ -67,10 +68,12 @@ def dequantize(quantized: MXFP4, dtype: torch.dtype = torch.float32) -> Float[Te
             cannot hold E8M0 scales).
     """
     packed, scales = quantized
-    if packed.shape[:-1] != scales.shape[:-1] or packed.shape[-1] * 2 != scales.shape[-1] * BLOCK:
+    expected = (*scales.shape[:-1], scales.shape[-1] * BLOCK // 2) if scales.dim() else None
+    if packed.shape != expected or {packed.dtype, scales.dtype} != {torch.uint8}:
         raise FormatError(
             asked="the values of an MXFP4 tensor",
-            found=f"packed codes {tuple(packed.shape)} and scales {tuple(scales.shape)}",
+            found=f"packed codes {packed.dtype} {tuple(packed.shape)} and scales {scales.dtype} "
+            f"{tuple(scales.shape)}",
             why="each scale byte belongs to 16 bytes of codes along the last axis",
             todo="pass the two tensors of one weight",
         )
@@ -83,9 +86,12 @@ def dequantize(quantized: MXFP4, dtype: torch.dtype = torch.float32) -> Float[Te
         )
     rows, blocks = packed.reshape(-1, BLOCK // 2), scales.reshape(-1)
     values = torch.empty(len(blocks), BLOCK, dtype=dtype, device=packed.device)
-    for start in range(0, len(blocks), CHUNK_BLOCKS):
-        here = slice(start, start + CHUNK_BLOCKS)
-        values[here] = _decode_blocks(e2m1.unpack(rows[here]), blocks[here])
+    for here in _chunks(blocks):
+        scale = e8m0.decode(blocks[here])[:, None]
+        if dtype == torch.float64:
+            values[here] = e2m1.decode_packed(rows[here], torch.float32).double() * scale
+        else:
+            torch.mul(e2m1.decode_packed(rows[here], dtype), scale.to(dtype), out=values[here])
     return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
 
 
@@ -99,24 +105,22 @@ def fake_quantize(
     """
     blocks = _as_blocks(values, (torch.float32, torch.bfloat16))
     out = torch.empty_like(blocks)
-    for start in range(0, len(blocks), CHUNK_BLOCKS):
-        here = slice(start, start + CHUNK_BLOCKS)
-        out[here] = _decode_blocks(*_encode_blocks(blocks[here].float(), rule))
+    for here in _chunks(blocks):
+        scaled, scales = _scaled(blocks[here].float(), rule)
+        out[here] = e2m1.nearest(scaled).mul_(e8m0.decode(scales)[:, None])
     return out.view(values.shape)
 
 
-def _encode_blocks(
+def _chunks(blocks: Tensor) -> Iterator[slice]:
+    step = CHUNK_BLOCKS if blocks.device.type == "cpu" else 128 * CHUNK_BLOCKS
+    return (slice(start, start + step) for start in range(0, len(blocks), step))
+
+
+def _scaled(
     blocks: Float32[Tensor, "n 32"], rule: ScaleRule
-) -> tuple[UInt8[Tensor, "n 32"], UInt8[Tensor, " n"]]:
+) -> tuple[Float32[Tensor, "n 32"], UInt8[Tensor, " n"]]:
     scales = e8m0.encode_amax(e8m0.magnitude_bits(blocks).amax(-1), rule)
-    codes = e2m1.encode(blocks * e8m0.decode_inverse(scales)[:, None])
-    return codes.masked_fill_((scales == E8M0_NAN)[:, None], 0), scales
-
-
-def _decode_blocks(
-    codes: UInt8[Tensor, "n 32"], scales: UInt8[Tensor, " n"]
-) -> Float32[Tensor, "n 32"]:
-    return e2m1.decode(codes) * e8m0.decode(scales)[:, None]
+    return blocks * e8m0.decode_inverse(scales)[:, None], scales
 
 
 def _as_blocks(values: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:

@@ -13,9 +13,10 @@ from torch import nn
 
 from mxtorq.errors import CheckpointError, FormatError
 from mxtorq.export.checkpoint import Contents, read_checkpoint
+from mxtorq.export.manifest import Manifest
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
-from mxtorq.loading.source import Source, compute_dtype, pick_device
+from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models import FAMILIES
 from mxtorq.models.family import find_family
 from mxtorq.surgery.linear import MXFP4Linear, linear_at
@@ -33,18 +34,20 @@ def load(path: str | Path, device: str = "auto") -> nn.Module:
     Raises:
         CheckpointError: the folder is no checkpoint of ours, is damaged, or is of another version.
     """
-    return load_checkpoint(path, pick_device(device)).model
+    return load_checkpoint(path, pick_device(device))[0].model
 
 
-def load_checkpoint(path: str | Path, device: torch.device) -> Source:
-    """As `load`, with tokenizer and family."""
-    from transformers import AutoTokenizer
+def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Source, Manifest]:
+    """As `load`, with tokenizer, family and manifest."""
+    from transformers import AutoTokenizer, GenerationConfig
 
     contents = read_checkpoint(Path(path))
-    model = build_model(contents, str(path)).to(device, compute_dtype(device))
+    model: Any = place(build_model(contents, str(path)), device)
+    model.generation_config = GenerationConfig.from_pretrained(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     family = find_family(contents.config, FAMILIES)
-    return Source(name=str(path), model=model, tokenizer=tokenizer, family=family)
+    source = Source(name=str(path), model=model, tokenizer=tokenizer, family=family)
+    return source, contents.manifest
 
 
 def build_model(contents: Contents, name: str) -> nn.Module:

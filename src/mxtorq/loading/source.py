@@ -60,9 +60,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """In which dtype a model runs on a device."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Put a BF16 model where it runs, in the dtype that it computes in there.
+
+    Never cast to BF16 here: that would round the rotary frequencies, which stay in float32.
+    """
+    return model.float() if device.type == "cpu" else model.to(device)
 
 
 def load_source(name: str, device: torch.device) -> Source:
@@ -111,7 +114,7 @@ def _load(name: str, where: str, device: torch.device) -> Source:
             todo="download the model again; every shard that its index names must be there",
         )
     _require_finite(name, model)
-    model = model.eval().requires_grad_(False).to(device, compute_dtype(device))
+    model = place(model.eval().requires_grad_(False), device)
     return Source(name=name, model=model, tokenizer=tokenizer, family=family)
 
 

@@ -7,6 +7,7 @@ tensors in BF16 (they were read as BF16, so that loses nothing), tied ones once.
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -43,6 +44,8 @@ def write_model(
     }
     files = write_files(folder, config, stored_tensors(source), parts)
     source.tokenizer.save_pretrained(folder)
+    generation: Any = source.model.generation_config
+    generation.save_pretrained(folder)
     return files
 
 
@@ -61,7 +64,7 @@ def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> 
     Raises:
         VerificationError: one logit differs.
     """
-    written = load_checkpoint(folder, source.device).model
+    written = load_checkpoint(folder, source.device)[0].model
     ids = windows.to(source.device)
     expected = source.model(input_ids=ids, use_cache=False).logits
     found = written(input_ids=ids, use_cache=False).logits
