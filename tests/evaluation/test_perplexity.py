@@ -41,7 +41,7 @@ def test_progress_counts_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     perplexity(
         tiny_models.build("llama"), tiny_models.tokens(5, 16), lambda *step: calls.append(step)
     )
-    assert calls == [(2, 5), (4, 5), (5, 5)]
+    assert calls == [(0, 5), (2, 5), (4, 5), (5, 5)]
 
 
 def test_a_broken_model_is_an_error() -> None:

@@ -44,8 +44,8 @@ def perplexity(
     """
     device = next(model.parameters()).device
     total, done = 0.0, 0
-    groups = batches(windows)
-    for batch in groups:
+    progress(0, len(windows))
+    for batch in batches(windows):
         ids = batch.to(device)
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         targets = ids[:, 1:].flatten()

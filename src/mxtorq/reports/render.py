@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -16,8 +17,8 @@ _COLUMNS = (
     "scale rule",
     "perplexity",
     "vs BF16",
-    "site SQNR",
-    "online MACs/token",
+    "SQNR",
+    "MACs",
     "seconds",
 )
 _TEXT_COLUMNS = 4
@@ -46,7 +47,8 @@ def terminal(results: Results, title: str) -> Table:
         title=title, title_justify="left", caption=footnote(results), caption_justify="left"
     )
     for index, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if index < _TEXT_COLUMNS else "right")
+        side: Literal["left", "right"] = "left" if index < _TEXT_COLUMNS else "right"
+        table.add_column(column, justify=side, no_wrap=True)
     for index, (row, line) in enumerate(zip(results.rows, cells(results), strict=True)):
         following = results.rows[index + 1 : index + 2]
         ends = bool(following) and following[0].outliers != row.outliers
@@ -56,7 +58,11 @@ def terminal(results: Results, title: str) -> Table:
 
 def footnote(results: Results) -> str:
     """What a reader must know to trust or to distrust the figures."""
-    notes = []
+    notes = [
+        "vs BF16: of the perplexity. SQNR: of the quantized linears' outputs, from the mean error "
+        "of all sites. MACs: what the transforms multiply online for one token. Seconds: to calibrate, "
+        "fit and round."
+    ]
     for row in results.rows:
         evaluation, calibration = (
             row.provenance.get(k) or {} for k in ("evaluation", "calibration")
