@@ -60,8 +60,8 @@ def footnote(results: Results) -> str:
     """What a reader must know to trust or to distrust the figures."""
     notes = [
         "vs BF16: of the perplexity. SQNR: of the quantized linears' outputs, from the mean error "
-        "of all sites. MACs: what the transforms multiply online for one token. Seconds: to calibrate, "
-        "fit and round."
+        "of all sites. MACs: what the transforms multiply online for a token. Seconds: to "
+        "calibrate, fit and round."
     ]
     for row in results.rows:
         evaluation, calibration = (
