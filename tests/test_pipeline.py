@@ -224,7 +224,8 @@ def broken(written: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["mxtorq-model.safetensors", "mxtorq-transforms.safetensors", "config.json"]
+    "name",
+    ["mxtorq-model.safetensors", "mxtorq-transforms.safetensors", "config.json", "tokenizer.json"],
 )
 @pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
 def test_damaged_files_are_refused(broken: Path, name: str, damage: str) -> None:
@@ -270,6 +271,17 @@ def test_consistent_files_with_wrong_content_are_refused(broken: Path) -> None:
         forge(broken, name, tensors)
         with pytest.raises(CheckpointError, match=message):
             load(broken, device="cpu")
+
+
+def test_a_configuration_that_builds_no_such_model_is_refused(broken: Path) -> None:
+    """Names that the model does not have, with hashes that agree."""
+    path = broken / "mxtorq.json"
+    for old, new in (("mlp.up_proj", "mlp.sideways_proj"), ('"activations"', '"elsewhere"')):
+        honest = path.read_text()
+        path.write_text(honest.replace(old, new))
+        with pytest.raises(CheckpointError):
+            load(broken, device="cpu")
+        path.write_text(honest)
 
 
 def test_a_damaged_transform_is_refused(broken: Path) -> None:

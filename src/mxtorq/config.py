@@ -104,11 +104,12 @@ def method_options(method: TransformMethod) -> dict[str, Any]:
 
 def unknown(what: str, name: str, known: Any) -> UsageError:
     """The error for a name that is not in a table, with the nearest one that is."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.4)
+    names = sorted(str(each) for each in known)  # an enum's members as well
+    near = get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(
         asked=f"the {what} {name!r}",
-        found=f"{', '.join(sorted(known)) or 'none'}",
+        found=f"{', '.join(names) or 'none'}",
         why=f"no other {what} exists here",
         todo=f"{hint}name one of those",
     )

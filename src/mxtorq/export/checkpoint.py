@@ -4,8 +4,8 @@
     model.safetensors              packed weights, scales, and the unquantized tensors in BF16
       (mxtorq-model.safetensors    the same where transforms must run: see `compressed_tensors`)
     mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
-    mxtorq.json                    the manifest, with the SHA-256 of the files above
-    tokenizer files
+    tokenizer and generation files
+    mxtorq.json                    the manifest, with the SHA-256 of every other file
 
 Everything is written into a hidden folder beside the target, which gets its name by one rename
 after the caller has verified it. Safetensors and JSON only.
@@ -109,8 +109,8 @@ def write_files(
     config: dict[str, Any],
     tensors: Mapping[str, Tensor],
     transforms: Mapping[str, Tensor],
-) -> dict[str, dict[str, Any]]:
-    """Write configuration and tensors into a folder; returns what the manifest says of the files.
+) -> None:
+    """Write configuration and tensors into a folder.
 
     Raises:
         OutputError: the disk has less room than the tensors need.
@@ -127,11 +127,13 @@ def write_files(
     weights = WEIGHTS_FILE[config["quantization_config"]["quant_method"]]
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     save_file(_plain(tensors), folder / weights, metadata={"format": "pt"})
-    names = [CONFIG, weights]
     if transforms:
         save_file(_plain(transforms), folder / TRANSFORMS, metadata={"format": "pt"})
-        names.append(TRANSFORMS)
-    return {name: _fingerprint(folder / name) for name in names}
+
+
+def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file in a folder: ``sha256`` and ``bytes``."""
+    return {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

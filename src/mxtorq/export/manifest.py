@@ -51,7 +51,7 @@ class Manifest:
     unfit: dict[str, int]
     """Sites left in BF16 because their width is no multiple of 32, and that width."""
     files: dict[str, dict[str, Any]]
-    """``sha256`` and ``bytes`` of every other file that holds tensors or the configuration."""
+    """``sha256`` and ``bytes`` of every other file of the folder."""
 
     @property
     def mean_output_error(self) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxtorq.errors import CheckpointError, FormatError
+from mxtorq.errors import CheckpointError, FormatError, MxtorqError
 from mxtorq.export.checkpoint import Contents, read_checkpoint
 from mxtorq.export.manifest import Manifest
 from mxtorq.formats.e8m0 import ScaleRule
@@ -42,10 +42,20 @@ def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Source, Man
     from transformers import AutoTokenizer, GenerationConfig
 
     contents = read_checkpoint(Path(path))
-    model: Any = place(build_model(contents, str(path)), device)
-    model.generation_config = GenerationConfig.from_pretrained(path)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    family = find_family(contents.config, FAMILIES)
+    try:
+        model: Any = place(build_model(contents, str(path)), device)
+        model.generation_config = GenerationConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        family = find_family(contents.config, FAMILIES)
+    except MxtorqError:
+        raise
+    except Exception as error:  # torch, transformers and tokenizers share no root
+        raise CheckpointError(
+            asked=f"the checkpoint {path}",
+            found=f"{type(error).__name__}: {str(error)[:500]}",
+            why="its files are whole but do not describe a model that can be built",
+            todo="load it with the release that wrote it, or quantize again",
+        ) from error
     source = Source(name=str(path), model=model, tokenizer=tokenizer, family=family)
     return source, contents.manifest
 

@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mxtorq.errors import VerificationError
-from mxtorq.export.checkpoint import write_files
+from mxtorq.export.checkpoint import fingerprints, write_files
 from mxtorq.export.compressed_tensors import quantization_config
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source
@@ -42,11 +42,11 @@ def write_model(
         for site, transform in transforms.items()
         for part, tensor in transform.tensors().items()
     }
-    files = write_files(folder, config, stored_tensors(source), parts)
+    write_files(folder, config, stored_tensors(source), parts)
     source.tokenizer.save_pretrained(folder)
     generation: Any = source.model.generation_config
     generation.save_pretrained(folder)
-    return files
+    return fingerprints(folder)
 
 
 def stored_tensors(source: Source) -> dict[str, Tensor]:
