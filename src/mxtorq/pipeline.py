@@ -118,7 +118,7 @@ def evaluate(
     if not is_checkpoint(Path(model)):
         source = load_model(model, outliers, seed, device)
         progress("load", 1, 1)
-        row = evaluate_baseline(source, evaluation_data(source, plan), outliers, progress)
+        row = measure(source, evaluation_data(source, plan), outliers, progress)
         return Results(rows=(row,), versions=versions())
     if outliers is not None:
         raise UsageError(
@@ -131,7 +131,7 @@ def evaluate(
     progress("load", 1, 1)
     windows = evaluation_data(source, plan)
     row = replace(
-        evaluate_baseline(source, windows, manifest.source["outliers"], progress),
+        measure(source, windows, manifest.source["outliers"], progress),
         method=manifest.method,
         options=manifest.options,
         rounding=manifest.rounding,
@@ -168,7 +168,7 @@ def compare(
         progress("load", 1, 2)
         windows = evaluation_data(source, plan)
         progress("load", 2, 2)
-        rows.append(evaluate_baseline(source, windows, outliers, progress))
+        rows.append(measure(source, windows, outliers, progress))
         for recipe in group:
             key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
             if key not in drawn:
@@ -302,10 +302,8 @@ def describe(
     )
 
 
-def evaluate_baseline(
-    source: Source, windows: Windows, outliers: str | None, progress: Progress
-) -> Row:
-    """The row of a model as it is."""
+def measure(source: Source, windows: Windows, outliers: str | None, progress: Progress) -> Row:
+    """The row of a model taken as unquantized; callers say what was done to it, if anything."""
     measured = perplexity(
         source.model, windows.ids, lambda done, total: progress("evaluate", done, total)
     )
@@ -340,7 +338,7 @@ def evaluate_recipe(
     started = time.perf_counter()
     quantized = quantize_(candidate, calibration.ids, recipe, named)
     seconds = time.perf_counter() - started
-    row = evaluate_baseline(candidate, windows, recipe.outliers, named)
+    row = measure(candidate, windows, recipe.outliers, named)
     row.provenance.update(calibration=calibration.record(), unfit=quantized.unfit)
     return replace(
         row,
