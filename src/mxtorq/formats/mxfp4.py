@@ -47,7 +47,7 @@ def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
         FormatError: the last axis is not a multiple of 32, or the dtype is not one of the three
             (a float64 would be rounded twice; cast it yourself and say so).
     """
-    blocks = _as_blocks(values)
+    blocks = as_blocks(values)
     packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=values.device)
     scales = torch.empty(len(blocks), dtype=torch.uint8, device=values.device)
     for here in _chunks(blocks):
@@ -103,7 +103,7 @@ def fake_quantize(
     Raises:
         FormatError: as `quantize`; float16 too, whose range cannot hold every result.
     """
-    blocks = _as_blocks(values, (torch.float32, torch.bfloat16))
+    blocks = as_blocks(values, (torch.float32, torch.bfloat16))
     out = torch.empty_like(blocks)
     for here in _chunks(blocks):
         scaled, scales = _scaled(blocks[here].float(), rule)
@@ -123,7 +123,12 @@ def _scaled(
     return blocks * e8m0.decode_inverse(scales)[:, None], scales
 
 
-def _as_blocks(values: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
+def as_blocks(values: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tensor:
+    """A tensor as rows of 32.
+
+    Raises:
+        FormatError: its dtype is none of ``dtypes``, or 32 does not divide its last axis.
+    """
     if values.dtype not in dtypes:
         raise FormatError(
             asked="MXFP4 from a tensor",

@@ -7,15 +7,17 @@ hold float64 tensors; they compute in the dtype of what they are applied to.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from mxtorq.formats.spec import BLOCK
+from mxtorq.models.family import SiteName
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,16 +26,41 @@ class SiteStatistics:
 
     site: str
     """Its full name, ``model.layers.3.down_in``."""
+    name: SiteName
+    """Which of a layer's inputs it is."""
     tokens: int
-    """Calibration tokens behind ``hessian``."""
+    """Calibration tokens behind ``hessian`` and ``amax``."""
     hessian: Float64[Tensor, "d d"]
     """The uncentred second moment of the inputs, X^T X / tokens."""
+    amax: Float32[Tensor, " d"]
+    """The largest magnitude of each channel over all tokens."""
     sample: Float32[Tensor, "sampled d"]
-    """Some of the tokens' inputs, drawn uniformly without replacement."""
+    """Some of the tokens' inputs, drawn uniformly without replacement, in the order of the text."""
+    weights: tuple[Float[Tensor, "_ d"], ...]
+    """The weight of each linear that reads the site."""
 
     @property
     def width(self) -> int:
         return self.hessian.shape[0]
+
+    @cached_property
+    def weight(self) -> Float64[Tensor, "d_out d"]:
+        """The weights stacked: q, k and v, or gate and up, are one matrix to a method."""
+        return torch.cat([weight.double() for weight in self.weights])
+
+    def transformed(self, transform: "Transform") -> "SiteStatistics":
+        """The statistics of x T and W T^-T.
+
+        ``amax`` becomes that of the sample: the extremes of other tokens are not known any more.
+        """
+        sample = transform.apply(self.sample)
+        return replace(
+            self,
+            hessian=transform.apply(transform.apply(self.hessian).T),
+            amax=sample.abs().amax(0),
+            sample=sample,
+            weights=tuple(transform.fuse(weight.double()) for weight in self.weights),
+        )
 
     def block_second_moment(self, block: int = BLOCK) -> Float64[Tensor, "blocks blocks"]:
         """Sigma of TORQ (section 4.1): mean over tokens and in-block positions of X_bk X_b'k.
@@ -94,12 +121,61 @@ class Rotation(Transform):
         return self.apply(weight)
 
 
-@runtime_checkable
-class TransformMethod(Protocol):
-    """A frozen dataclass of options that chooses a transform for a site."""
+class NetworkShape(NamedTuple):
+    """The sizes of a decoder that a method may have to refuse."""
+
+    hidden: int
+    """Features of the residual stream."""
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    sites: Mapping[SiteName, int]
+    """The width of each site that is quantized."""
+
+
+class OfflineRotations(NamedTuple):
+    """Rotations that are merged into weights before anything is quantized; free at run time."""
+
+    residual: Rotation | None = None
+    """R1, of the residual stream: its writers' outputs and its readers' inputs."""
+    heads: tuple[Rotation, ...] = ()
+    """R2 of each layer, of head_dim features: v_proj's outputs and o_proj's inputs, each head."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """What a method may see of the whole model before the layers are quantized one by one."""
+
+    shape: NetworkShape
+    windows: int
+    """How many calibration windows there are."""
+    loss: Callable[[Tensor, list[Tensor], Mapping[SiteName, Transform], list[int]], Tensor]
+    """``loss(residual, heads, online, windows)``: the mean negative log-likelihood of some
+    calibration windows when matrices R1 [hidden, hidden] and R2 [head_dim, head_dim] a layer are
+    merged, sites have ``online`` transforms, and the inputs of the linears are rounded to MXFP4
+    (straight-through gradient). Differentiable in the matrices."""
+
+
+class TransformMethod(ABC):
+    """How transforms are chosen. Subclasses are frozen dataclasses of options.
+
+    `fit` is what every method has. The others matter to few and do nothing here.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @abstractmethod
     def fit(self, statistics: SiteStatistics, seed: int) -> Transform:
-        """Choose. The result is a function of the options, the statistics and the seed alone."""
-        ...
+        """Choose a site's transform: a function of options, statistics and seed alone."""
+
+    def check(self, shape: NetworkShape) -> None:
+        """Refuse a network that the method cannot serve, before any work.
+
+        Raises:
+            UsageError: with what would work.
+        """
+
+    def rotations(self, network: Network, seed: int) -> OfflineRotations:
+        """Choose what is merged into the weights of the whole model before sites are fitted."""
+        return OfflineRotations()

@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.errors import FormatError
-from mxtorq.transforms.base import Rotation, SiteStatistics
+from mxtorq.transforms.base import Rotation, SiteStatistics, TransformMethod
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,7 @@ class Identity(Rotation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IdentityMethod:
+class IdentityMethod(TransformMethod):
     """Direct RTN: round what is there. The row that every method must beat."""
 
     def fit(self, statistics: SiteStatistics, seed: int) -> Identity:

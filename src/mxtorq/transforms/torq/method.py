@@ -22,7 +22,7 @@ import torch
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.spec import BLOCK
-from mxtorq.transforms.base import SiteStatistics
+from mxtorq.transforms.base import SiteStatistics, TransformMethod
 from mxtorq.transforms.torq.inter_block import (
     EMPTY_CHAIN,
     GivensChain,
@@ -50,7 +50,7 @@ class InterAngle(StrEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TORQ:
+class TORQ(TransformMethod):
     """Two-level orthogonal rotation; the defaults are the paper's where it states them."""
 
     levels: Levels = Levels.BOTH

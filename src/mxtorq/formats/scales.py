@@ -1,0 +1,124 @@
+"""Block scales of any kind: the rules of E8M0, and two that no hardware has.
+
+Published numbers of MXFP4 methods were often made with scales outside of the format. To explain
+such numbers they can be evaluated here, always under a name that says so, in a part of their own of
+every table; nothing that uses them can be exported.
+
+    log256        DuQuant++'s released code: 256 levels, evenly spaced in log2 between the smallest
+                  and the largest amax / 6 of the *whole tensor*. Two more numbers a tensor, and a
+                  reduction over all activations of a batch before the first can be rounded.
+    four-thirds   MR-GPTQ: 4/3 of the OCP floor scale, so amax/s lies in [3, 6) and nothing is cut.
+                  An E8M0 byte and a constant that the matrix unit knows nothing of.
+
+Rounding and emulation call these functions with either kind; `mxfp4` is the strict format.
+"""
+
+from enum import StrEnum
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, UInt8
+from torch import Tensor
+
+from mxtorq.formats import e2m1, e8m0, mxfp4
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.spec import BLOCK
+
+_LEVELS = 256
+_TINY = 2.0**-126
+
+
+class NonOCPScale(StrEnum):
+    """Scales outside of the format: for evaluation only."""
+
+    LOG256 = "log256"
+    FOUR_THIRDS = "four-thirds"
+
+
+Scale = ScaleRule | NonOCPScale
+"""How block scales are chosen."""
+
+
+class ScaledE2M1(NamedTuple):
+    """E2M1 codes under scales that are not E8M0: what a non-OCP weight is."""
+
+    packed: UInt8[Tensor, "*rows half"]
+    scales: Float32[Tensor, "*rows blocks"]
+
+
+def is_ocp(scale: Scale) -> bool:
+    """Whether hardware has this scale, so that a checkpoint may."""
+    return isinstance(scale, ScaleRule)
+
+
+def block_scales(blocks: Float32[Tensor, "*shape 32"], scale: Scale) -> Float32[Tensor, "*shape"]:
+    """The scale of each block as a number. NaN where a block holds NaN or Inf.
+
+    With `NonOCPScale.LOG256` it depends on all blocks that are passed in. Blocks of zeros take no
+    part in the range, and equal scales are kept as they are: the released code divides 0 by 0 there.
+    """
+    bits = e8m0.magnitude_bits(blocks).amax(-1)
+    if isinstance(scale, ScaleRule):
+        return e8m0.decode(e8m0.encode_amax(bits, scale))
+    if scale is NonOCPScale.FOUR_THIRDS:
+        return e8m0.decode(e8m0.encode_amax(bits, ScaleRule.FLOOR)) * (4 / 3)
+    wanted = (blocks.abs().amax(-1).double() / 6).clamp(min=_TINY).log2()
+    used = wanted[torch.isfinite(wanted) & (bits > 0)]
+    if not len(used):
+        return torch.ones_like(wanted, dtype=torch.float32)
+    low, high = used.min(), used.max()
+    if low == high:
+        return torch.exp2(wanted.clamp(low, high)).float()
+    index = ((_LEVELS - 1) * (wanted - low) / (high - low)).floor().clamp(0, _LEVELS - 1)
+    return torch.exp2(low + (high - low) * index / (_LEVELS - 1)).float()
+
+
+def fake_quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> Float[Tensor, "*rows d"]:
+    """Values rounded to E2M1 under either kind of scale, in their own dtype.
+
+    Raises:
+        FormatError: as `mxfp4.quantize`.
+    """
+    if isinstance(scale, ScaleRule):
+        return mxfp4.fake_quantize(values, scale)
+    return dequantize(quantize(values, scale)).to(values.dtype)
+
+
+def quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> MXFP4 | ScaledE2M1:
+    """Round to nearest under either kind of scale.
+
+    Raises:
+        FormatError: as `mxfp4.quantize`.
+    """
+    if isinstance(scale, ScaleRule):
+        return mxfp4.quantize(values, scale)
+    blocks = mxfp4.as_blocks(values).float()
+    scales = block_scales(blocks, scale)
+    packed = e2m1.pack(e2m1.encode(blocks / scales[:, None]))
+    *rows, width = values.shape
+    return ScaledE2M1(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
+
+
+def dequantize(quantized: MXFP4 | ScaledE2M1) -> Float32[Tensor, "*rows d"]:
+    """The values of either kind, in float32."""
+    if isinstance(quantized, MXFP4):
+        return mxfp4.dequantize(quantized)
+    packed, scales = quantized
+    rows = packed.reshape(-1, BLOCK // 2)
+    values = e2m1.decode_packed(rows, torch.float32) * scales.reshape(-1, 1)
+    return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
+
+
+def assemble(
+    codes: UInt8[Tensor, "d_out d"], scales: Float32[Tensor, "d_out blocks"], scale: Scale
+) -> MXFP4 | ScaledE2M1:
+    """Codes and scale numbers that were chosen elsewhere as a tensor of the kind of ``scale``.
+
+    ``scales`` must be powers of two from 2^-127 to 2^127 for an E8M0 rule, which is what
+    `block_scales` gives.
+    """
+    packed = e2m1.pack(codes)
+    if isinstance(scale, ScaleRule):
+        return MXFP4(packed, (scales.view(torch.int32) >> 23).to(torch.uint8))
+    return ScaledE2M1(packed, scales)
