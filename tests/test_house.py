@@ -34,6 +34,7 @@ LEVELS = {
     "evaluation": 4,
     "loading": 5,
     "reports.render": 6,
+    "specs": 1,
     "config": 6,
     "console": 7,
     "pipeline": 7,

@@ -1,19 +1,27 @@
-"""What one run is asked to do: frozen recipes, and the strings that name methods in them.
+"""What one run is asked to do: frozen recipes and plans, and their TOML.
 
-A method is written ``NAME`` or ``NAME:option=value:option=value``: ``torq``, ``torq:levels=inter``.
-NAME is a key of `transforms.METHODS` or an importable ``package.module:Class`` of your own, which
-takes options in the same way. Unknown names and options are errors with the nearest known one.
+    method = "torq"                 or a table: [method] name = "torq", levels = "inter"
+    rounding = "gptq"               likewise
+    scale_rule = "floor"
+    ...                             every other field of `Recipe` under its own name
+    [evaluation]                    optional: the fields of `EvaluationPlan`
+
+Unknown keys, names and values are errors with the nearest known one. Nothing is adjusted.
 """
 
-import importlib
-from dataclasses import MISSING, asdict, dataclass, fields
-from difflib import get_close_matches
-from enum import Enum
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
+from mxtorq import specs
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.scales import NonOCPScale, Scale, is_ocp
 from mxtorq.rounding import ROUNDINGS
+from mxtorq.rounding.base import Rounding
+from mxtorq.rounding.rtn import RTN
 from mxtorq.transforms import METHODS
 from mxtorq.transforms.base import TransformMethod
 
@@ -23,8 +31,9 @@ class Recipe:
     """How a model is quantized. Validated at birth, never adjusted."""
 
     method: TransformMethod
-    rounding: str = "rtn"
-    scale_rule: ScaleRule = ScaleRule.FLOOR
+    rounding: Rounding = RTN()
+    scale_rule: Scale = ScaleRule.FLOOR
+    """Of weights and activations. A `NonOCPScale` can be evaluated and not be written."""
     calibration: str = "stdlib"
     """FILE or NAME, see `calibration.data`."""
     calibration_tokens: int = 65_536
@@ -38,10 +47,26 @@ class Recipe:
     """Sites whose width is no multiple of 32 stay in BF16 instead of stopping the run."""
 
     def __post_init__(self) -> None:
-        if self.rounding not in ROUNDINGS:
-            raise unknown("rounding", self.rounding, ROUNDINGS)
         require_positive("calibration_tokens", self.calibration_tokens)
         require_positive("seqlen", self.seqlen)
+        self.rounding.check(self.scale_rule)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every choice as plain JSON values: two runs with equal dictionaries ask for the same."""
+        return {
+            "method": {"name": specs.name_of(self.method, METHODS), **specs.options_of(self.method)},
+            "rounding": {
+                "name": specs.name_of(self.rounding, ROUNDINGS),
+                **specs.options_of(self.rounding),
+            },
+            "scale_rule": self.scale_rule.value,
+            "calibration": self.calibration,
+            "calibration_tokens": self.calibration_tokens,
+            "seqlen": self.seqlen,
+            "seed": self.seed,
+            "outliers": self.outliers,
+            "allow_unfit": self.allow_unfit,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,60 +84,109 @@ class EvaluationPlan:
 
 
 def parse_method(spec: str) -> TransformMethod:
-    """The method that a string names.
-
-    Raises:
-        UsageError: unknown name, option or value.
-    """
-    name, *rest = spec.strip().split(":")
-    if name in METHODS:
-        factory: Any = METHODS[name]
-    elif "." in name and rest:
-        factory, rest = _imported(name, rest[0]), rest[1:]
-    else:
-        raise unknown("method", name, METHODS)
-    known = get_type_hints(factory)
-    allowed = {field.name for field in fields(factory)}
-    chosen: dict[str, Any] = {}
-    for item in rest:
-        option, separator, text = item.partition("=")
-        if option not in allowed or not separator:
-            raise unknown(f"option of {name!r}", item, {f"{o}=": None for o in allowed})
-        chosen[option] = _value(f"{name}:{option}", text, known[option])
-    method: TransformMethod = factory(**chosen)
+    """The method that ``NAME:option=value:...`` names. Raises `UsageError`."""
+    method: TransformMethod = specs.parse("method", spec, METHODS, TransformMethod)
     return method
 
 
+def parse_rounding(spec: str) -> Rounding:
+    """The way of rounding that ``NAME:option=value:...`` names. Raises `UsageError`."""
+    rounding: Rounding = specs.parse("rounding", spec, ROUNDINGS, Rounding)
+    return rounding
+
+
+def parse_scale(name: str) -> Scale:
+    """The scale rule of that name, OCP's or not. Raises `UsageError`."""
+    for kind in (ScaleRule, NonOCPScale):
+        if name in list(kind):
+            return kind(name)
+    raise specs.unknown("scale rule", name, [*ScaleRule, *NonOCPScale])
+
+
 def method_name(method: TransformMethod) -> str:
-    """The string that `parse_method` turns into this method, with options that differ from their
-    defaults only."""
-    kind = type(method)
-    names = {factory: name for name, factory in METHODS.items()}
-    name = names.get(kind, f"{kind.__module__}:{kind.__qualname__}")
-    changed = [
-        f"{field.name}={_text(getattr(method, field.name))}"
-        for field in fields(method)
-        if field.default is MISSING or getattr(method, field.name) != field.default
-    ]
-    return ":".join([name, *changed])
+    """The string that `parse_method` turns into this method."""
+    return specs.spell(method, METHODS)
 
 
-def method_options(method: TransformMethod) -> dict[str, Any]:
-    """All options with their values, as plain JSON values."""
-    return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(method).items()}
+def rounding_name(rounding: Rounding) -> str:
+    """The string that `parse_rounding` turns into this way of rounding."""
+    return specs.spell(rounding, ROUNDINGS)
 
 
-def unknown(what: str, name: str, known: Any) -> UsageError:
-    """The error for a name that is not in a table, with the nearest one that is."""
-    names = sorted(str(each) for each in known)  # an enum's members as well
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UsageError(
-        asked=f"the {what} {name!r}",
-        found=f"{', '.join(names) or 'none'}",
-        why=f"no other {what} exists here",
-        todo=f"{hint}name one of those",
-    )
+def recipe_from(settings: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values: names as strings, or as tables with ``name`` and options.
+
+    Raises:
+        UsageError: an unknown key, name or value; no method.
+    """
+    _require_known("key of a recipe", settings, Recipe)
+    if "method" not in settings:
+        raise UsageError(
+            asked="a recipe",
+            found=f"the keys {', '.join(settings) or 'none'}",
+            why="it does not say which method transforms the inputs",
+            todo=f'add `method = "torq"`, or one of {", ".join(METHODS)}',
+        )
+    values = dict(settings)
+    values["method"] = _object("method", values["method"], METHODS, TransformMethod)
+    if "rounding" in values:
+        values["rounding"] = _object("rounding", values["rounding"], ROUNDINGS, Rounding)
+    if "scale_rule" in values:
+        values["scale_rule"] = parse_scale(str(values["scale_rule"]))
+    _require_types(values, Recipe)
+    return Recipe(**values)
+
+
+def plan_from(settings: Mapping[str, Any]) -> EvaluationPlan:
+    """A plan from plain values. Raises `UsageError` as `recipe_from`."""
+    _require_known("key of [evaluation]", settings, EvaluationPlan)
+    _require_types(settings, EvaluationPlan)
+    return EvaluationPlan(**settings)
+
+
+def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a recipe file, and those of its [evaluation] table, unchecked.
+
+    Raises:
+        UsageError: there is no such file, or it is no TOML.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            asked=f"the recipe {path}",
+            found=f"{type(error).__name__}: {error}",
+            why="a recipe is a TOML file",
+            todo="correct the file, or start from one of those in recipes/",
+        ) from error
+    evaluation = content.pop("evaluation", {})
+    return content, evaluation
+
+
+def to_toml(recipe: Recipe, plan: EvaluationPlan | None = None) -> str:
+    """A recipe, and maybe a plan, as a file that `read_settings` reads back."""
+    tables = {k: v for k, v in recipe.to_dict().items() if isinstance(v, dict)}
+    lines = [_line(k, v) for k, v in recipe.to_dict().items() if k not in tables and v is not None]
+    if plan is not None:
+        tables["evaluation"] = {k: v for k, v in asdict(plan).items() if v is not None}
+    for name, table in tables.items():
+        lines += ["", f"[{name}]", *(_line(k, v) for k, v in table.items())]
+    return "\n".join(lines) + "\n"
+
+
+def require_ocp(recipe: Recipe) -> None:
+    """Refuse to write what no hardware reads.
+
+    Raises:
+        UsageError: the recipe has a non-OCP scale.
+    """
+    if not is_ocp(recipe.scale_rule):
+        raise UsageError(
+            asked=f"a checkpoint with {recipe.scale_rule.value} scales",
+            found="a scale that is no power of two",
+            why="MXFP4 stores E8M0 scales, and no engine or hardware could run it",
+            todo="evaluate it with `mxtorq compare`, or choose one of " + ", ".join(ScaleRule),
+        )
 
 
 def require_positive(name: str, value: int | None) -> None:
@@ -128,36 +202,40 @@ def require_positive(name: str, value: int | None) -> None:
         )
 
 
-def _imported(module: str, name: str) -> Any:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(
-            asked=f"the method {module}:{name}",
-            found=f"{type(error).__name__}: {error}",
-            why="it cannot be imported",
-            todo=f"install the package that holds it, or use one of {', '.join(METHODS)}",
-        ) from error
+def _object(what: str, value: Any, table: Mapping[str, type[Any]], base: type[Any]) -> Any:
+    if isinstance(value, base):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        options = {k: v for k, v in value.items() if k != "name"}
+        return specs.build(what, value["name"], options, table, base)
+    return specs.parse(what, str(value), table, base)
 
 
-def _value(what: str, text: str, kind: type) -> Any:
-    try:
-        if kind is bool:
-            return {"true": True, "false": False}[text]
-        return kind(text)
-    except (ValueError, KeyError) as error:
-        expected = (
-            ", ".join(kind) if issubclass(kind, str) and issubclass(kind, Enum) else kind.__name__
-        )
-        raise UsageError(
-            asked=f"{what}={text}",
-            found=f"the value {text!r}",
-            why=f"expected: {expected}",
-            todo="correct the value",
-        ) from error
+def _require_known(what: str, settings: Mapping[str, Any], kind: type[Any]) -> None:
+    names = {field.name for field in fields(kind)}
+    for key in settings:
+        if key not in names:
+            raise specs.unknown(what, key, names)
 
 
-def _text(value: Any) -> str:
+def _require_types(values: Mapping[str, Any], kind: type[Any]) -> None:
+    hints = get_type_hints(kind)
+    for key, value in values.items():
+        # bool is an int to Python, but `seed = true` is a mistake.
+        if not isinstance(value, hints[key]) or (isinstance(value, bool) and hints[key] is not bool):
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise UsageError(
+                asked=f"{key} = {value!r}",
+                found=f"a value of type {type(value).__name__}",
+                why=f"expected: {expected}",
+                todo="correct the value",
+            )
+
+
+def _line(key: str, value: Any) -> str:
     if isinstance(value, bool):
-        return str(value).lower()
-    return str(value.value if isinstance(value, Enum) else value)
+        return f"{key} = {str(value).lower()}"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return f'{key} = "{escaped}"'
+    return f"{key} = {value!r}"

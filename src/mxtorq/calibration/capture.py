@@ -5,13 +5,12 @@ every layer takes (positions, masks); from there each layer is called by itself.
 time needs to be at hand, and the output of the *quantized* layer can feed the next.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from mxtorq.calibration.statistics import SiteAccumulator
@@ -79,15 +78,33 @@ def capture_sites(
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    tokens = sum(item.hidden.shape[:-1].numel() for item in inputs)
-    accumulators = {
-        name: SiteAccumulator(name, _width(layer, site), tokens, seed)
+    accumulators = _record(layer, sites, inputs, seed, {})
+    return {
+        name: accumulators[name].finish(site.name, reader_weights(layer, site))
         for name, site in sites.items()
     }
-    with _recording(layer, sites, accumulators):
-        for item in inputs:
-            layer(item.hidden, **item.arguments)
-    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
+
+
+@torch.no_grad()
+def capture_hessians(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: list[LayerInput],
+    through: Mapping[str, Callable[[Tensor], Tensor]],
+) -> dict[str, Float64[Tensor, "d d"]]:
+    """The second moment of what reaches each site after a function of the site's own.
+
+    Raises:
+        ModelError: an activation is NaN or Inf.
+    """
+    accumulators = _record(layer, sites, inputs, 0, through)
+    return {name: accumulator.hessian for name, accumulator in accumulators.items()}
+
+
+def reader_weights(layer: nn.Module, site: Site) -> tuple[Tensor, ...]:
+    """The weights of a site's linears, as they are in the module."""
+    weights = (layer.get_submodule(path).weight for path in site.linears)
+    return tuple(weight.detach() for weight in weights if isinstance(weight, Tensor))
 
 
 @torch.no_grad()
@@ -98,25 +115,31 @@ def advance_(layer: nn.Module, inputs: list[LayerInput]) -> None:
         item.hidden = output[0] if isinstance(output, tuple) else output  # older transformers
 
 
-def _width(layer: nn.Module, site: Site) -> int:
-    weight = layer.get_submodule(site.linears[0]).weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[1]
+def _record(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: list[LayerInput],
+    seed: int,
+    through: Mapping[str, Callable[[Tensor], Tensor]],
+) -> dict[str, SiteAccumulator]:
+    tokens = sum(item.hidden.shape[:-1].numel() for item in inputs)
+    accumulators = {
+        name: SiteAccumulator(name, reader_weights(layer, site)[0].shape[1], tokens, seed)
+        for name, site in sites.items()
+    }
 
-
-@contextmanager
-def _recording(
-    layer: nn.Module, sites: dict[str, Site], accumulators: dict[str, SiteAccumulator]
-) -> Iterator[None]:
-    def recorder(accumulator: SiteAccumulator) -> Any:
-        return lambda module, args: accumulator.add(args[0])
+    def recorder(name: str) -> Any:
+        seen = through.get(name, lambda values: values)
+        return lambda module, args: accumulators[name].add(seen(args[0]))
 
     hooks = [
-        layer.get_submodule(site.linears[0]).register_forward_pre_hook(recorder(accumulators[name]))
+        layer.get_submodule(site.linears[0]).register_forward_pre_hook(recorder(name))
         for name, site in sites.items()
     ]
     try:
-        yield
+        for item in inputs:
+            layer(item.hidden, **item.arguments)
     finally:
         for hook in hooks:
             hook.remove()
+    return accumulators

@@ -7,10 +7,11 @@ so that it does not depend on the batch size.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.errors import ModelError
+from mxtorq.models.family import SiteName
 from mxtorq.transforms.base import SiteStatistics
 
 SAMPLE_TOKENS = 1024
@@ -25,6 +26,7 @@ class SiteAccumulator:
         self._positions = torch.randperm(tokens, generator=draw)[:SAMPLE_TOKENS].sort().values
         self._site, self._seen = site, 0
         self._sum = torch.zeros(width, width, dtype=torch.float64)
+        self._amax = torch.zeros(width)
         self._sample: list[Tensor] = []
 
     def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
@@ -44,15 +46,24 @@ class SiteAccumulator:
             )
         wide = rows.double()
         self._sum = self._sum.to(rows.device).addmm_(wide.T, wide)
+        self._amax = torch.maximum(self._amax.to(rows.device), rows.abs().amax(0).float())
         here = (self._positions >= self._seen) & (self._positions < self._seen + len(rows))
         self._sample.append(rows[(self._positions[here] - self._seen).to(rows.device)].float())
         self._seen += len(rows)
 
-    def finish(self) -> SiteStatistics:
-        """The statistics of everything that was added."""
+    @property
+    def hessian(self) -> Float64[Tensor, "d d"]:
+        """The uncentred second moment of everything that was added."""
+        return self._sum / self._seen
+
+    def finish(self, name: SiteName, weights: tuple[Tensor, ...]) -> SiteStatistics:
+        """The statistics of everything that was added, for the linears with these weights."""
         return SiteStatistics(
             site=self._site,
+            name=name,
             tokens=self._seen,
-            hessian=self._sum / self._seen,
+            hessian=self.hessian,
+            amax=self._amax,
             sample=torch.cat(self._sample),
+            weights=weights,
         )

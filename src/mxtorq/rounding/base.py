@@ -21,6 +21,13 @@ class Rounding(ABC):
         """Whether ``hessian`` shall be that of the inputs *after* their own rounding to MXFP4."""
         return False
 
+    def check(self, scale: Scale) -> None:
+        """Refuse a scale that this rounding cannot work under, before any work.
+
+        Raises:
+            UsageError: with what would work.
+        """
+
     @abstractmethod
     def round(
         self, weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], scale: Scale

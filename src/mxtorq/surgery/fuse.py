@@ -4,12 +4,19 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from mxtorq.errors import ModelError
+from mxtorq.errors import FormatError, ModelError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import NonOCPScale, Scale, ScaledE2M1
 from mxtorq.formats.spec import BLOCK
 from mxtorq.models.family import Family, Site
-from mxtorq.surgery.linear import MXFP4Linear, TransformedLinear, fused_weight, linear_at
+from mxtorq.surgery.linear import (
+    MXFP4Linear,
+    NonOCPLinear,
+    TransformedLinear,
+    fused_weight,
+    linear_at,
+)
 from mxtorq.transforms.base import Transform
 
 
@@ -25,14 +32,25 @@ def quantize_site_(
     layer: nn.Module,
     site: Site,
     transform: Transform,
-    weights: Mapping[str, MXFP4],
-    rule: ScaleRule,
+    weights: Mapping[str, MXFP4 | ScaledE2M1],
+    scale: Scale,
 ) -> None:
-    """Replace a site's linears by `MXFP4Linear` with the codes in ``weights`` (by linear)."""
+    """Replace a site's linears by quantized ones with the codes in ``weights`` (by linear)."""
     for path in site.linears:
         bias = linear_at(layer, path).bias
         kept = None if bias is None else bias.detach()
-        layer.set_submodule(path, MXFP4Linear(weights[path], kept, transform, rule))
+        codes = weights[path]
+        if isinstance(codes, MXFP4) and isinstance(scale, ScaleRule):
+            layer.set_submodule(path, MXFP4Linear(codes, kept, transform, scale))
+        elif isinstance(codes, ScaledE2M1) and isinstance(scale, NonOCPScale):
+            layer.set_submodule(path, NonOCPLinear(codes, kept, transform, scale))
+        else:
+            raise FormatError(
+                asked=f"{path} with activations under {scale}",
+                found=f"weights as {type(codes).__name__}",
+                why="weights and activations are either both MXFP4 or both outside of the format",
+                todo="round the weights under the same scale",
+            )
 
 
 def require_fit(model: nn.Module, family: Family, allow_unfit: bool) -> dict[str, int]:

@@ -1,10 +1,11 @@
-"""The two layers that take a linear's place: transformed, and transformed and quantized.
+"""The layers that take a linear's place: transformed, and transformed and quantized.
 
 `TransformedLinear` only changes coordinates, y = (x T) (W T^-T)^T: it is how tests see that a
 transform keeps the function. `MXFP4Linear` holds the packed weight, transforms its input online,
 quantizes it dynamically per token and block, and multiplies the two dequantized operands. Their
 elements are exact in BF16 and their products in FP32, so this equals what an MXFP4 matrix unit
-computes up to the order of the FP32 sum and the output's rounding.
+computes up to the order of the FP32 sum and the output's rounding. `NonOCPLinear` does the same
+under scales that no matrix unit has: it can be evaluated and not be exported.
 """
 
 from typing import Any
@@ -13,8 +14,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
+from mxtorq.formats import scales
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize, fake_quantize
+from mxtorq.formats.scales import NonOCPScale, ScaledE2M1
 from mxtorq.transforms.base import Transform
 
 
@@ -94,6 +97,27 @@ class MXFP4Linear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, transform={self.transform.kind}, rule={self.rule}"
         )
+
+
+class NonOCPLinear(nn.Module):
+    """E2M1 weights and activations under scales outside of the format, for evaluation only."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, weight: ScaledE2M1, bias: Tensor | None, transform: Transform, scale: NonOCPScale
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", scales.dequantize(weight))
+        self.register_buffer("bias", bias)
+        self.transform = transform
+        self.scale = scale
+
+    def forward(self, inputs: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
+        activations = scales.fake_quantize(self.transform.apply(inputs.float()), self.scale)
+        weight = self.weight.to(inputs.dtype)
+        return nn.functional.linear(activations.to(inputs.dtype), weight, self.bias)
 
 
 def linear_at(module: nn.Module, path: str) -> nn.Linear:

@@ -2,17 +2,24 @@
 
 x_c becomes s_c x_c at the source (a norm's gain, or rows and bias of a linear) and column c of each
 linear that reads it is divided by s_c, so the function is kept; with powers of two to the bit.
+
+A gain that a checkpoint keeps in BF16 is rounded to BF16 here, and the readers are divided by what
+the gain was *really* multiplied with: smoothing costs the function nothing, whatever its factors.
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
 from mxtorq.models.family import Site
 from mxtorq.surgery.linear import linear_at
+from mxtorq.transforms.base import Transform
+from mxtorq.transforms.chain import Chain, chain
+from mxtorq.transforms.diagonal import Diagonal
+from mxtorq.transforms.rotation import Identity
 
 
 def source_width(layer: nn.Module, site: Site) -> int:
@@ -23,8 +30,12 @@ def source_width(layer: nn.Module, site: Site) -> int:
 
 @torch.no_grad()
 def rescale_site_(
-    layer: nn.Module, site: Site, factors: Float[Tensor, " channels"], head_dim: int
-) -> None:
+    layer: nn.Module,
+    site: Site,
+    factors: Float[Tensor, " channels"],
+    head_dim: int,
+    kept: torch.dtype | None = None,
+) -> Float[Tensor, " channels"]:
     """Multiply the site's channels by ``factors`` and divide the readers' columns by them.
 
     Args:
@@ -32,6 +43,10 @@ def rescale_site_(
         site: one of its sites.
         factors: positive, one for each channel of the site's source.
         head_dim: by which grouped-query attention repeats channels at o_in.
+        kept: the dtype in which a checkpoint keeps norms and biases; they are rounded to it.
+
+    Returns:
+        The factors that were really applied: those of a norm absorb the rounding of its gain.
 
     Raises:
         ModelError: the reader's width is no multiple of the source's.
@@ -46,11 +61,44 @@ def rescale_site_(
             why="each input channel must come from one channel of the source",
             todo="check the family's description of this site",
         )
-    source.weight.mul_(factors if source.weight.dim() == 1 else factors[:, None])
+    if source.weight.dim() == 1:
+        before = source.weight.clone()
+        source.weight.copy_(_rounded(before * factors, kept))
+        usable = (before != 0) & (source.weight != 0)
+        factors = torch.where(usable, source.weight / before, factors)
+    else:
+        source.weight.mul_(factors[:, None])
     if getattr(source, "bias", None) is not None:
-        source.bias.mul_(factors)
+        source.bias.copy_(_rounded(source.bias * factors, kept))
     columns = factors
     if repeats > 1:  # each key/value head feeds `repeats` query heads in a row
         columns = factors.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
     for path in site.linears:
         linear_at(layer, path).weight.div_(columns)
+    return factors
+
+
+def merge_diagonal_(
+    layer: nn.Module, site: Site, transform: Transform, head_dim: int, kept: torch.dtype
+) -> tuple[Transform, Float64[Tensor, " d"] | None]:
+    """Move the diagonal that a transform begins with into the site's source, where that can be.
+
+    It cannot where several input channels come from one channel of the source (o_in with
+    grouped-query attention): there the factors stay online.
+
+    Returns:
+        What is left to do online, and the factors that the site's channels were multiplied with
+        (None: nothing was merged).
+    """
+    links = transform.links if isinstance(transform, Chain) else (transform,)
+    first = links[0]
+    if not isinstance(first, Diagonal) or source_width(layer, site) != first.width:
+        return transform, None
+    wanted = first.factors.to(next(layer.parameters()).dtype)
+    applied = rescale_site_(layer, site, wanted, head_dim, kept)
+    rest = chain(*links[1:]) if len(links) > 1 else Identity(first.width)
+    return rest, applied.double()
+
+
+def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return values if dtype is None else values.to(dtype).to(values.dtype)
