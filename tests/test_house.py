@@ -38,9 +38,10 @@ LEVELS = {
     "config": 6,
     "console": 7,
     "pipeline": 7,
-    "cli": 8,
-    "__main__": 9,
-    "__init__": 9,
+    "comparison": 8,
+    "cli": 9,
+    "__main__": 10,
+    "__init__": 10,
 }
 
 

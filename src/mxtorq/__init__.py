@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mxtorq.comparison import compare
     from mxtorq.config import EvaluationPlan, Recipe, parse_method
     from mxtorq.errors import MxtorqError
     from mxtorq.formats.e8m0 import ScaleRule
     from mxtorq.formats.mxfp4 import MXFP4
     from mxtorq.loading.checkpoint import load
-    from mxtorq.pipeline import compare, evaluate, quantize
+    from mxtorq.pipeline import evaluate, quantize
     from mxtorq.transforms.torq.method import TORQ
 
 _HOMES = {
@@ -23,7 +24,7 @@ _HOMES = {
     "Recipe": "mxtorq.config",
     "ScaleRule": "mxtorq.formats.e8m0",
     "TORQ": "mxtorq.transforms.torq.method",
-    "compare": "mxtorq.pipeline",
+    "compare": "mxtorq.comparison",
     "evaluate": "mxtorq.pipeline",
     "load": "mxtorq.loading.checkpoint",
     "parse_method": "mxtorq.config",

@@ -15,11 +15,13 @@ import typer
 
 from mxtorq.console import (
     OUT,
+    keep_record,
     progress_bars,
     report_contents,
     report_results,
     report_written,
     require_writable,
+    resumed,
     speaking,
     write_record,
 )
@@ -37,37 +39,60 @@ app = typer.Typer(
     epilog="Start with [bold]mxtorq demo[/bold]. MODEL is a folder, a hub id, or "
     "[bold]reference[/bold], the small model inside this package.",
 )
+DEFAULT_METHODS = "identity,hadamard,torq"
 DEMO_METHODS = "identity,hadamard,torq,torq:levels=inter,torq:levels=intra"
 DEMO_OUTLIERS = "qwen3-0.6b"
 
 _MODEL = "A folder, a hub id, or [bold]reference[/bold]."
 _METHOD = (
-    "How inputs are transformed: identity (direct), hadamard (32 x 32), torq, with options as "
-    "[bold]torq:levels=inter[/bold], or your own as package.module:Class."
+    "How inputs are transformed: identity (direct), hadamard, torq, duquant++, wush, quarot, ..., "
+    "with options as [bold]torq:levels=inter[/bold], or your own as package.module:Class."
+)
+_ROUNDING = "How weights are rounded: rtn, gptq, with options as [bold]gptq:order=backward[/bold]."
+_RULE = (
+    "The scale rule of weights and activations; floor is OCP's. compare also takes log256 and "
+    "four-thirds, which no hardware has."
 )
 _TEXT_HELP = "FILE (plain text, or .jsonl with a text field), stdlib, wikitext2, or wikitext2:FILE."
+_RECIPE = "A TOML file with these settings; options given here take precedence."
+_OUTLIERS = "Rescale channels exactly to that LLM's activation profile first (for small models)."
 
-Method = Annotated[str, typer.Option("--method", help=_METHOD)]
-Methods = Annotated[str, typer.Option("--methods", help="Comma-separated; each as in --method.")]
-Rounding = Annotated[
-    str,
-    typer.Option(
-        "--rounding", metavar="rtn|gptq", help="How weights are rounded. (gptq: not yet.)"
-    ),
+# None means: not given, so that the recipe file or the default of `Recipe` decides.
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE)]
+RecipeFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--recipe", metavar="FILE", help=f"{_RECIPE} Repeat it to compare recipes."),
 ]
+Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} [default: torq]")]
+Methods = Annotated[
+    str | None, typer.Option("--methods", help="Comma-separated; each as in quantize --method.")
+]
+Rounding = Annotated[str | None, typer.Option("--rounding", help=f"{_ROUNDING} [default: rtn]")]
+Roundings = Annotated[
+    str | None, typer.Option("--roundings", help=f"Comma-separated. {_ROUNDING} [default: rtn]")
+]
+_RULES = "floor|even|rceil|ceil|floor6|uos"
 Rule = Annotated[
-    str,
+    str | None,
+    typer.Option("--scale-rule", metavar=_RULES, help=f"{_RULE} [default: floor]"),
+]
+Rules = Annotated[
+    str | None, typer.Option("--scale-rules", help=f"Comma-separated. {_RULE} [default: floor]")
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]"),
+]
+CalibrationTokens = Annotated[
+    int | None,
     typer.Option(
-        "--scale-rule",
-        metavar="floor|even|rceil|ceil|floor6|uos",
-        help="The E8M0 rule of weights and activations. floor is OCP's.",
+        "--calibration-tokens",
+        help="Tokens to calibrate on, in whole windows. [default: 65536]",
     ),
 ]
-Calibration = Annotated[str, typer.Option("--calibration", metavar="FILE|NAME", help=_TEXT_HELP)]
-CalibrationTokens = Annotated[
-    int, typer.Option("--calibration-tokens", help="Tokens to calibrate on, in whole windows.")
+Text = Annotated[
+    str | None, typer.Option("--text", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]")
 ]
-Text = Annotated[str, typer.Option("--text", metavar="FILE|NAME", help=_TEXT_HELP)]
 EvalTokens = Annotated[
     int | None,
     typer.Option("--eval-tokens", help="Tokens to evaluate on. [default: the whole text]"),
@@ -76,24 +101,42 @@ Seqlen = Annotated[
     int | None,
     typer.Option("--seqlen", help="Window length. [default: 2048, or the model's limit if less]"),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of calibration, fitting and outlier placement.")]
+Seed = Annotated[
+    int | None,
+    typer.Option("--seed", help="Of calibration, fitting and outlier placement. [default: 0]"),
+]
+Seeds = Annotated[
+    str | None,
+    typer.Option("--seeds", help="Comma-separated; the table gives mean and spread. [default: 0]"),
+]
 Outliers = Annotated[
     str | None,
+    typer.Option("--outliers", metavar="llama-3.2-1b|qwen3-0.6b", help=_OUTLIERS),
+]
+OutliersList = Annotated[
+    str | None,
     typer.Option(
-        "--outliers",
-        metavar="llama-3.2-1b|qwen3-0.6b",
-        help="Rescale channels exactly to that LLM's activation profile first (for small models).",
+        "--outliers", metavar="none,llama-3.2-1b,...", help=f"Comma-separated. {_OUTLIERS}"
     ),
 ]
 Unfit = Annotated[
-    bool,
+    bool | None,
     typer.Option("--allow-unfit", help="Keep sites of a width that 32 does not divide in BF16."),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes an accelerator.")]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the results as JSON.")
 ]
-
+RecordJson = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="PATH", help="Write the results as JSON, row by row."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the record at --json instead of refusing it.")
+]
+Markdown = Annotated[
+    Path | None, typer.Option("--markdown", metavar="PATH", help="Also write the table there.")
+]
 ManifestJson = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
 ]
@@ -110,19 +153,31 @@ def quantize(
     paths: Annotated[
         list[str], typer.Argument(metavar="[MODEL] OUT", help=f"{_MODEL} OUT must not exist.")
     ],
-    method: Method = "torq",
-    rounding: Rounding = "rtn",
-    scale_rule: Rule = "floor",
-    calibration: Calibration = "stdlib",
-    calibration_tokens: CalibrationTokens = 65_536,
+    recipe: RecipeFile = None,
+    method: Method = None,
+    rounding: Rounding = None,
+    scale_rule: Rule = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
     seqlen: Seqlen = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     outliers: Outliers = None,
-    allow_unfit: Unfit = False,
+    allow_unfit: Unfit = None,
     device: Device = "auto",
     json_path: ManifestJson = None,
 ) -> None:
     """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked."""
+    given = _given(
+        method=method,
+        rounding=rounding,
+        scale_rule=scale_rule,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        seqlen=seqlen,
+        seed=seed,
+        outliers=outliers,
+        allow_unfit=allow_unfit,
+    )
     with speaking(f"nothing was written to {paths[-1]}"):
         if len(paths) > 2:
             raise UsageError(
@@ -133,21 +188,13 @@ def quantize(
             )
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
+        from mxtorq.config import read_settings, recipe_from
 
         require_writable(json_path)
-        recipe = _recipe(
-            method,
-            rounding,
-            scale_rule,
-            calibration,
-            calibration_tokens,
-            seqlen,
-            seed,
-            outliers,
-            allow_unfit,
-        )
+        settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
+        chosen = recipe_from({**settings, **given})
         with progress_bars() as progress:
-            manifest = pipeline.quantize(model, Path(out), recipe, device=device, progress=progress)
+            manifest = pipeline.quantize(model, Path(out), chosen, device=device, progress=progress)
         report_written(Path(out), manifest)
         write_record(json_path, manifest.to_json())
 
@@ -161,10 +208,10 @@ def evaluate(
     model: Annotated[
         str, typer.Argument(help=f"{_MODEL} Or a checkpoint of mxtorq.")
     ] = "reference",
-    text: Text = "stdlib",
+    text: Text = None,
     eval_tokens: EvalTokens = None,
     seqlen: Seqlen = None,
-    seed: Seed = 0,
+    seed: Seed = None,
     outliers: Outliers = None,
     device: Device = "auto",
     json_path: Json = None,
@@ -172,70 +219,84 @@ def evaluate(
     """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
     with speaking("no results were written"):
         from mxtorq import pipeline
-        from mxtorq.config import EvaluationPlan
+        from mxtorq.config import plan_from
 
-        plan = EvaluationPlan(text=text, eval_tokens=eval_tokens, seqlen=seqlen)
+        plan = plan_from(_given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
         require_writable(json_path)
         with progress_bars() as progress:
             results = pipeline.evaluate(
-                model, plan, outliers=outliers, seed=seed, device=device, progress=progress
+                model, plan, outliers=outliers, seed=seed or 0, device=device, progress=progress
             )
         report_results(results, json_path, f"Perplexity of {model}")
 
 
 @app.command(
     epilog="Examples:\n\n"
-    "  mxtorq compare reference --outliers qwen3-0.6b\n\n"
-    "  mxtorq compare ./llama --methods identity,hadamard,torq --text wikitext2:wiki.test.raw "
-    "--calibration notes.jsonl --json results.json"
+    "  mxtorq compare reference --outliers none,qwen3-0.6b --roundings rtn,gptq\n\n"
+    "  mxtorq compare ./llama --methods identity,hadamard,torq --seeds 0,1,2 "
+    "--text wikitext2:wiki.test.raw --calibration notes.jsonl --json results.json --resume\n\n"
+    "  mxtorq compare ./llama --recipe recipes/torq.toml --recipe recipes/duquant++.toml"
 )
 def compare(
     model: Annotated[str, typer.Argument(help=_MODEL)] = "reference",
-    methods: Methods = "identity,hadamard,torq",
-    rounding: Rounding = "rtn",
-    scale_rule: Rule = "floor",
-    calibration: Calibration = "stdlib",
-    calibration_tokens: CalibrationTokens = 65_536,
-    text: Text = "stdlib",
+    recipe: RecipeFiles = None,
+    methods: Methods = None,
+    roundings: Roundings = None,
+    scale_rules: Rules = None,
+    seeds: Seeds = None,
+    outliers: OutliersList = None,
+    calibration: Calibration = None,
+    calibration_tokens: CalibrationTokens = None,
+    text: Text = None,
     eval_tokens: EvalTokens = None,
     seqlen: Seqlen = None,
-    seed: Seed = 0,
-    outliers: Outliers = None,
-    allow_unfit: Unfit = False,
+    allow_unfit: Unfit = None,
     device: Device = "auto",
-    json_path: Json = None,
+    json_path: RecordJson = None,
+    resume: Resume = False,
+    markdown: Markdown = None,
 ) -> None:
-    """One table in one run: BF16 first, then every method on the same model and text."""
-    with speaking("no results were written"):
+    """One table in one run: BF16 first, then methods x roundings x scale rules x seeds."""
+    shared = _given(
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        seqlen=seqlen,
+        allow_unfit=allow_unfit,
+    )
+    lists = _given(rounding=roundings, scale_rule=scale_rules, seed=seeds, outliers=outliers)
+    with speaking("the rows that were finished are in the --json record, if you named one"):
+        from mxtorq.config import plan_from, read_settings, recipe_from
+
+        read = [read_settings(path) for path in recipe or []]
+        bases = [settings for settings, _ in read]
+        names = methods.split(",") if methods or bases else DEFAULT_METHODS.split(",")
+        bases += [{"method": name} for name in names if name]
         recipes = [
-            _recipe(
-                name,
-                rounding,
-                scale_rule,
-                calibration,
-                calibration_tokens,
-                seqlen,
-                seed,
-                outliers,
-                allow_unfit,
-            )
-            for name in methods.split(",")
+            recipe_from({**base, **shared, **choice})
+            for choice in _product(lists)
+            for base in bases
         ]
-        _compare(model, recipes, _plan(text, eval_tokens, seqlen), device, json_path, model)
+        plans = [evaluation for _, evaluation in read if evaluation]
+        plan = plan_from(
+            {**_agreed(plans), **_given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
+        )
+        _compare(model, recipes, plan, device, json_path, model, resume=resume, markdown=markdown)
 
 
 @app.command(epilog="Example:\n\n  mxtorq demo --json demo.json")
 def demo(
     methods: Methods = DEMO_METHODS,
-    scale_rule: Rule = "floor",
+    scale_rule: Rule = None,
     outliers: Annotated[
         str, typer.Option("--outliers", help="The profile of the second half.")
     ] = DEMO_OUTLIERS,
-    calibration_tokens: CalibrationTokens = 16_384,
+    calibration_tokens: Annotated[
+        int, typer.Option("--calibration-tokens", help="Tokens to calibrate on, in whole windows.")
+    ] = 16_384,
     eval_tokens: Annotated[
         int, typer.Option("--eval-tokens", help="Tokens to evaluate on.")
     ] = 32_768,
-    seed: Seed = 0,
+    seed: Seed = None,
     json_path: Json = None,
     keep: Annotated[
         Path | None,
@@ -246,30 +307,28 @@ def demo(
 
     Ends with a TORQ checkpoint written to disk, read back and compared with the model in memory.
     """
+    shared = _given(scale_rule=scale_rule, calibration_tokens=calibration_tokens, seed=seed)
     with speaking("no results were written"):
         import tempfile
 
         from mxtorq import pipeline
+        from mxtorq.config import plan_from, recipe_from
         from mxtorq.export.checkpoint import require_absent
         from mxtorq.loading.source import REFERENCE
 
         recipes = [
-            _recipe(
-                name, "rtn", scale_rule, "stdlib", calibration_tokens, None, seed, profile, False
-            )
+            recipe_from({**shared, "method": name, "outliers": profile})
             for profile in (None, outliers)
-            for name in methods.split(",")
+            for name in (methods or DEMO_METHODS).split(",")
         ]
         if keep is not None:
             require_absent(keep)
         title = "The reference model in MXFP4 W4A4, without and with outlier channels"
-        plan = _plan("stdlib", eval_tokens, None)
+        plan = plan_from({"eval_tokens": eval_tokens})
         _compare(REFERENCE, recipes, plan, "cpu", json_path, title)
         with tempfile.TemporaryDirectory() as scratch:
             out = keep or Path(scratch) / "reference-torq"
-            final = _recipe(
-                "torq", "rtn", scale_rule, "stdlib", calibration_tokens, None, seed, outliers, False
-            )
+            final = recipe_from({**shared, "method": "torq", "outliers": outliers})
             with progress_bars() as progress:
                 manifest = pipeline.quantize(REFERENCE, out, final, device="cpu", progress=progress)
             report_written(out, manifest)
@@ -307,39 +366,47 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _recipe(
-    method: str,
-    rounding: str,
-    scale_rule: str,
-    calibration: str,
-    calibration_tokens: int,
-    seqlen: int | None,
-    seed: int,
-    outliers: str | None,
-    allow_unfit: bool,
-) -> "Recipe":
-    from mxtorq.config import Recipe, parse_method, unknown
-    from mxtorq.formats.e8m0 import ScaleRule
-
-    if scale_rule not in list(ScaleRule):
-        raise unknown("scale rule", scale_rule, list(ScaleRule))
-    return Recipe(
-        method=parse_method(method),
-        rounding=rounding,
-        scale_rule=ScaleRule(scale_rule),
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        seqlen=seqlen,
-        seed=seed,
-        outliers=outliers,
-        allow_unfit=allow_unfit,
-    )
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
-def _plan(text: str, eval_tokens: int | None, seqlen: int | None) -> "EvaluationPlan":
-    from mxtorq.config import EvaluationPlan
+def _product(lists: dict[str, str]) -> list[dict[str, Any]]:
+    """Every combination of comma-separated values: outliers slowest, then seeds."""
+    choices: list[dict[str, Any]] = [{}]
+    for name in ("outliers", "seed", "rounding", "scale_rule"):
+        if name in lists:
+            values = [_value(name, text) for text in lists[name].split(",")]
+            choices = [{**choice, name: value} for choice in choices for value in values]
+    return choices
 
-    return EvaluationPlan(text=text, eval_tokens=eval_tokens, seqlen=seqlen)
+
+def _value(name: str, text: str) -> Any:
+    if name == "outliers":
+        return None if text == "none" else text
+    if name != "seed":
+        return text
+    if not text.strip().isdigit():
+        raise UsageError(
+            asked=f"--seeds {text}",
+            found=f"the seed {text!r}",
+            why="a seed is a whole number from 0",
+            todo="pass numbers with commas, as in --seeds 0,1,2",
+        )
+    return int(text)
+
+
+def _agreed(plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """The [evaluation] table of the recipe files, which must be the same in all that have one."""
+    for plan in plans[1:]:
+        if plan != plans[0]:
+            raise UsageError(
+                asked="recipes with different [evaluation] tables in one comparison",
+                found=f"{plans[0]} and {plan}",
+                why="rows on different texts are not comparable",
+                todo="compare them in runs of their own, or make the tables equal",
+            )
+    return plans[0] if plans else {}
 
 
 def _compare(
@@ -349,13 +416,25 @@ def _compare(
     device: str,
     json_path: Path | None,
     title: str,
+    *,
+    resume: bool = False,
+    markdown: Path | None = None,
 ) -> None:
-    from mxtorq import pipeline
+    from mxtorq.comparison import compare
 
-    require_writable(json_path)
+    require_writable(markdown)
+    done = resumed(json_path, resume)
     with progress_bars() as progress:
-        results = pipeline.compare(model, recipes, plan, device=device, progress=progress)
-    report_results(results, json_path, title)
+        results = compare(
+            model,
+            recipes,
+            plan,
+            device=device,
+            progress=progress,
+            done=done,
+            save=lambda so_far: keep_record(json_path, so_far),
+        )
+    report_results(results, json_path, title, markdown)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,10 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Every choice as plain JSON values: two runs with equal dictionaries ask for the same."""
         return {
-            "method": {"name": specs.name_of(self.method, METHODS), **specs.options_of(self.method)},
+            "method": {
+                "name": specs.name_of(self.method, METHODS),
+                **specs.options_of(self.method),
+            },
             "rounding": {
                 "name": specs.name_of(self.rounding, ROUNDINGS),
                 **specs.options_of(self.rounding),
@@ -222,7 +225,9 @@ def _require_types(values: Mapping[str, Any], kind: type[Any]) -> None:
     hints = get_type_hints(kind)
     for key, value in values.items():
         # bool is an int to Python, but `seed = true` is a mistake.
-        if not isinstance(value, hints[key]) or (isinstance(value, bool) and hints[key] is not bool):
+        if not isinstance(value, hints[key]) or (
+            isinstance(value, bool) and hints[key] is not bool
+        ):
             expected = getattr(hints[key], "__name__", str(hints[key]))
             raise UsageError(
                 asked=f"{key} = {value!r}",

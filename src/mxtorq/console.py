@@ -25,12 +25,12 @@ from rich.progress import (
 
 from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
-from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, terminal
+from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
 from mxtorq.reports.schema import Results
 
 OUT = Console()
 _ERR = Console(stderr=True)
-_NARROWEST = 120
+_NARROWEST = 150
 """Columns of a table that goes into a file: fewer would cut figures."""
 _LOG_SECONDS = 30
 
@@ -105,24 +105,71 @@ def _log_lines() -> Callable[[str, int, int], None]:
 
 
 def require_writable(path: Path | None) -> None:
-    """Refuse a --json path before hours of work instead of after them."""
+    """Refuse a path for records before hours of work instead of after them."""
     if path is not None and (path.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise UsageError(
-            asked=f"--json {path}",
+            asked=f"the record {path}",
             found="a folder, or a folder that does not exist or is not yours to write to",
             why="the results could not be written there in the end",
             todo="name a file in an existing folder",
         )
 
 
-def write_record(path: Path | None, text: str) -> None:
-    """Write a JSON record where it was asked for, whole or not at all.
+def resumed(path: Path | None, resume: bool) -> Results | None:
+    """The earlier record that a comparison goes on with, if any.
 
     Raises:
-        OutputError: the disk is full or refuses.
+        UsageError: there is one and nobody said --resume, or there is no --json to go on with.
     """
-    if path is None:
-        return
+    require_writable(path)
+    if path is None or not path.exists():
+        if resume and path is None:
+            raise UsageError(
+                asked="--resume",
+                found="no --json",
+                why="the finished rows stand in the record that --json names",
+                todo="pass --json PATH",
+            )
+        return None
+    if not resume:
+        raise UsageError(
+            asked=f"--json {path}",
+            found="a file of that name",
+            why="its rows may have taken hours and would be overwritten",
+            todo="name another file, or go on with that record: `mxtorq compare --resume`",
+        )
+    return Results.from_json(path.read_text(encoding="utf-8"))
+
+
+def keep_record(path: Path | None, results: Results) -> None:
+    """Write the rows that are finished so far. Raises `OutputError`."""
+    if path is not None:
+        _write(path, _signed(results).to_json())
+
+
+def write_record(path: Path | None, text: str) -> None:
+    """Write a record where it was asked for, whole or not at all. Raises `OutputError`."""
+    if path is not None:
+        _write(path, text)
+        OUT.print(f"Record written to {escape(str(path))}")
+
+
+def report_results(
+    results: Results, json_path: Path | None, title: str, markdown_path: Path | None = None
+) -> None:
+    """Print a table of results and write the records where they were asked for."""
+    results = _signed(results)
+    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
+    wide.print(terminal(results, escape(title)))
+    write_record(json_path, results.to_json())
+    write_record(markdown_path, markdown(results))
+
+
+def _signed(results: Results) -> Results:
+    return replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
+
+
+def _write(path: Path, text: str) -> None:
     staging = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         staging.write_text(text, encoding="utf-8")
@@ -130,20 +177,11 @@ def write_record(path: Path | None, text: str) -> None:
     except OSError as error:
         staging.unlink(missing_ok=True)
         raise OutputError(
-            asked=f"--json {path}",
+            asked=f"the record {path}",
             found=f"{type(error).__name__}: {error}",
-            why="the record could not be written in full",
-            todo="free space on that disk or name another place; the table above is complete",
+            why="it could not be written in full",
+            todo="free space on that disk or name another place; an earlier version is unharmed",
         ) from error
-    OUT.print(f"Record written to {escape(str(path))}")
-
-
-def report_results(results: Results, json_path: Path | None, title: str) -> None:
-    """Print a table of results and write the record where it was asked for."""
-    results = replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
-    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
-    wide.print(terminal(results, escape(title)))
-    write_record(json_path, results.to_json())
 
 
 def report_written(path: Path, manifest: Manifest) -> None:

@@ -2,17 +2,18 @@
 
     quantize    a model becomes a checkpoint that was read back and compared
     evaluate    a model or a checkpoint gets its perplexity
-    compare     one model, many methods, one table: the baseline first
+
+`comparison.compare` puts many recipes into one table with the same chapters.
 
 Each step is a function from values to values; the order below is the order in which things happen
 to a model. Progress is a callback. Randomness comes from the recipe's seed alone.
 """
 
-import copy
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,9 +21,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
+from mxtorq.calibration.capture import (
+    LayerInput,
+    advance_,
+    capture_hessians,
+    capture_sites,
+    first_layer_inputs,
+    reader_weights,
+)
 from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
-from mxtorq.config import EvaluationPlan, Recipe, method_name, method_options
+from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.evaluation.perplexity import perplexity
@@ -33,17 +41,19 @@ from mxtorq.export.checkpoint import (
     write_manifest,
 )
 from mxtorq.export.manifest import Manifest, SiteEntry
-from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import Scale, fake_quantize
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source, load_source, pick_device
 from mxtorq.loading.writer import verify, write_model
 from mxtorq.models.family import Family, Site
 from mxtorq.reports.schema import Results, Row
-from mxtorq.rounding import ROUNDINGS
 from mxtorq.surgery.fuse import quantize_site_, require_fit
 from mxtorq.surgery.linear import fused_weight, linear_at
+from mxtorq.surgery.network import network, network_shape
+from mxtorq.surgery.offline import apply_offline_, round_kept_
 from mxtorq.surgery.outliers import add_outliers_
-from mxtorq.transforms.base import SiteStatistics, Transform
+from mxtorq.surgery.rescale import is_norm, merge_diagonal_
+from mxtorq.transforms.base import OfflineRotations, SiteStatistics, Transform
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
@@ -63,6 +73,21 @@ class Quantized:
     """By site."""
     sites: list[SiteEntry]
     unfit: dict[str, int]
+    search_seconds: float
+    """Time in which the method chose its transforms."""
+
+
+class Stopwatch:
+    """Sums up the time spent inside of its ``with`` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *raised: object) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 def quantize(
@@ -83,8 +108,10 @@ def quantize(
         MxtorqError: with what to do; nothing is left behind.
     """
     require_absent(out)
+    require_ocp(recipe)
     progress("load", 0, 2)
     source = load_model(model, recipe.outliers, recipe.seed, device)
+    recipe.method.check(network_shape(source.model, source.family))
     progress("load", 1, 2)
     windows = calibrate(source, recipe)
     progress("load", 2, 2)
@@ -133,48 +160,22 @@ def evaluate(
     row = replace(
         measure(source, windows, manifest.source["outliers"], progress),
         method=manifest.method,
-        options=manifest.options,
+        options=manifest.recipe["method"],
         rounding=manifest.rounding,
         scale_rule=manifest.scale_rules["activations"],
         seed=manifest.seed,
         site_error=manifest.mean_output_error,
+        site_errors={entry.site: entry.output_error for entry in manifest.sites},
         multiply_adds_per_token=manifest.multiply_adds_per_token,
+        extra_bytes=manifest.extra_bytes,
     )
     row.provenance.update(
-        model=manifest.source["model"], calibration=manifest.calibration, unfit=manifest.unfit
+        model=manifest.source["model"],
+        recipe=manifest.recipe,
+        calibration=manifest.calibration,
+        unfit=manifest.unfit,
     )
     return Results(rows=(row,), versions=versions())
-
-
-def compare(
-    model: str,
-    recipes: Sequence[Recipe],
-    plan: EvaluationPlan,
-    *,
-    device: str = "auto",
-    progress: Progress = silent,
-) -> Results:
-    """Evaluate the baseline and every recipe on one model; baselines once for each outlier profile.
-
-    Raises:
-        MxtorqError: with what to do.
-    """
-    rows: list[Row] = []
-    drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
-    for outliers in dict.fromkeys(recipe.outliers for recipe in recipes):
-        group = [recipe for recipe in recipes if recipe.outliers == outliers]
-        progress("load", 0, 2)
-        source = load_model(model, outliers, group[0].seed, device)
-        progress("load", 1, 2)
-        windows = evaluation_data(source, plan)
-        progress("load", 2, 2)
-        rows.append(measure(source, windows, outliers, progress))
-        for recipe in group:
-            key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
-            if key not in drawn:
-                drawn[key] = calibrate(source, recipe)
-            rows.append(evaluate_recipe(source, recipe, drawn[key], windows, progress))
-    return Results(rows=tuple(rows), versions=versions())
 
 
 # The chapters.
@@ -233,6 +234,9 @@ def quantize_(
     """Quantize a model in place, layer by layer: the quantized layer's output feeds the next."""
     model, family = source.model, source.family
     unfit = require_fit(model, family, recipe.allow_unfit)
+    searching = Stopwatch()
+    with searching:
+        rotate_(source, windows, recipe, unfit, progress)
     layers = list(model.get_submodule(family.layers).children())
     progress("quantize", 0, len(layers))
     inputs = first_layer_inputs(model, family, windows)
@@ -242,33 +246,113 @@ def quantize_(
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
         statistics = capture_sites(layer, sites, inputs, recipe.seed)
+        with searching:
+            fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
+        fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
+        hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
         for name, site in sites.items():
-            fitted = recipe.method.fit(statistics[name], recipe.seed)
-            transforms[name] = fitted.to(statistics[name].hessian.device)
-            error = round_site_(layer, site, transforms[name], statistics[name], recipe)
-            entries.append(_site_entry(family, index, site, transforms[name], error))
+            error = round_site_(layer, site, fitted[name], hessians[name], statistics[name], recipe)
+            entries.append(_site_entry(family, index, site, fitted[name], error))
+        transforms |= fitted
         advance_(layer, inputs)
         progress("quantize", index + 1, len(layers))
-    return Quantized(transforms=transforms, sites=entries, unfit=unfit)
+    return Quantized(
+        transforms=transforms, sites=entries, unfit=unfit, search_seconds=searching.seconds
+    )
+
+
+def rotate_(
+    source: Source,
+    windows: Int64[Tensor, "n seqlen"],
+    recipe: Recipe,
+    unfit: Mapping[str, int],
+    progress: Progress,
+) -> None:
+    """Merge the method's rotations of the whole model into its weights, if it has any."""
+    model, family = source.model, source.family
+    whole = replace(
+        network(model, family, windows),
+        progress=lambda done, total: progress("rotate", done, total),
+    )
+    rotations = recipe.method.rotations(whole, recipe.seed)
+    if rotations == OfflineRotations():
+        return
+    apply_offline_(model, family, rotations)
+    sites = [
+        (index, site)
+        for index in range(whole.shape.layers)
+        for site in family.sites
+        if family.site_name(index, site) not in unfit
+    ]
+    round_kept_(
+        model, {family.linear_name(index, path) for index, site in sites for path in site.linears}
+    )
+
+
+def merge_diagonals_(
+    layer: torch.nn.Module,
+    sites: Mapping[str, Site],
+    fitted: Mapping[str, Transform],
+    statistics: Mapping[str, SiteStatistics],
+) -> tuple[dict[str, Transform], dict[str, SiteStatistics]]:
+    """Merge what can be merged; returns what is left online, and statistics that fit it.
+
+    All sites come before any is rounded: the factors of o_in and down_in change rows of v_proj and
+    up_proj, which other sites read. A matrix that stays in BF16 is left alone.
+    """
+    rest, seen = dict(fitted), dict(statistics)
+    quantized = {path for site in sites.values() for path in site.linears}
+    for name, site in sites.items():
+        if site.source in quantized or is_norm(layer, site.source):
+            rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
+            if factors is not None:
+                seen[name] = statistics[name].rescaled(factors)
+    rest = {name: part.to(statistics[name].hessian.device) for name, part in rest.items()}
+    return rest, {
+        name: replace(seen[name], weights=reader_weights(layer, site))
+        for name, site in sites.items()
+    }
+
+
+def rounding_hessians(
+    layer: torch.nn.Module,
+    sites: dict[str, Site],
+    inputs: list[LayerInput],
+    transforms: Mapping[str, Transform],
+    statistics: Mapping[str, SiteStatistics],
+    recipe: Recipe,
+) -> dict[str, Callable[[], Tensor]]:
+    """What gives a rounding the Hessian of each site's transformed inputs, when it asks."""
+    if recipe.rounding.sees_rounded_inputs:
+        through = {
+            name: partial(_through, transform, recipe.scale_rule)
+            for name, transform in transforms.items()
+        }
+        rounded = capture_hessians(layer, sites, inputs, through)
+        return {name: partial(rounded.__getitem__, name) for name in sites}
+    return {
+        name: partial(_transformed_hessian, transforms[name], statistics[name]) for name in sites
+    }
 
 
 def round_site_(
     layer: torch.nn.Module,
     site: Site,
     transform: Transform,
+    hessian: Callable[[], Tensor],
     statistics: SiteStatistics,
     recipe: Recipe,
 ) -> float:
-    """Fuse, round and replace the linears of a site; returns the output error on the sample."""
+    """Fuse, round and replace the linears of a site; returns the output error on the sample.
+
+    The linears are rounded as one stacked matrix, as GPTQ's Hessian is one for all of them.
+    """
     originals = {path: linear_at(layer, path) for path in site.linears}
-
-    def hessian() -> Tensor:
-        return transform.apply(transform.apply(statistics.hessian).T)
-
-    weights: dict[str, MXFP4] = {}
-    for path, linear in originals.items():
-        fused = fused_weight(linear, transform).float()
-        weights[path] = ROUNDINGS[recipe.rounding](fused, hessian, recipe.scale_rule)
+    fused = [fused_weight(linear, transform).float() for linear in originals.values()]
+    codes = recipe.rounding.round(torch.cat(fused), hessian, recipe.scale_rule)
+    rows = [len(weight) for weight in fused]
+    parts = zip(*(part.split(rows) for part in codes), strict=True)
+    weights = dict(zip(originals, (type(codes)(*part) for part in parts), strict=True))
     quantize_site_(layer, site, transform, weights, recipe.scale_rule)
     pairs = ((linear, layer.get_submodule(path)) for path, linear in originals.items())
     return output_error(statistics.sample, pairs)
@@ -284,9 +368,9 @@ def describe(
     """The manifest of a checkpoint whose files are written."""
     return Manifest(
         method=method_name(recipe.method),
-        options=method_options(recipe.method),
-        rounding=recipe.rounding,
-        scale_rules={"weights": recipe.scale_rule, "activations": recipe.scale_rule},
+        rounding=rounding_name(recipe.rounding),
+        recipe=recipe.to_dict(),
+        scale_rules={"weights": recipe.scale_rule.value, "activations": recipe.scale_rule.value},
         seed=recipe.seed,
         source={
             "model": source.name,
@@ -302,10 +386,19 @@ def describe(
     )
 
 
-def measure(source: Source, windows: Windows, outliers: str | None, progress: Progress) -> Row:
+def measure(
+    source: Source,
+    windows: Windows,
+    outliers: str | None,
+    progress: Progress,
+    reference: torch.nn.Module | None = None,
+) -> Row:
     """The row of a model taken as unquantized; callers say what was done to it, if anything."""
     measured = perplexity(
-        source.model, windows.ids, lambda done, total: progress("evaluate", done, total)
+        source.model,
+        windows.ids,
+        lambda done, total: progress("evaluate", done, total),
+        reference,
     )
     return Row(
         method="bf16",
@@ -314,6 +407,7 @@ def measure(source: Source, windows: Windows, outliers: str | None, progress: Pr
         perplexity=measured.value,
         nll=measured.nll,
         predictions=measured.predictions,
+        kl=measured.kl,
         seed=None,
         outliers=outliers,
         provenance={
@@ -322,34 +416,6 @@ def measure(source: Source, windows: Windows, outliers: str | None, progress: Pr
             "compute_dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
             "evaluation": windows.record(),
         },
-    )
-
-
-def evaluate_recipe(
-    source: Source, recipe: Recipe, calibration: Windows, windows: Windows, progress: Progress
-) -> Row:
-    """The row of a recipe on a copy of a model, which stays as it is."""
-    name = method_name(recipe.method)
-
-    def named(stage: str, done: int, total: int) -> None:
-        progress(f"{name}: {stage}", done, total)
-
-    candidate = replace(source, model=copy.deepcopy(source.model))
-    started = time.perf_counter()
-    quantized = quantize_(candidate, calibration.ids, recipe, named)
-    seconds = time.perf_counter() - started
-    row = measure(candidate, windows, recipe.outliers, named)
-    row.provenance.update(calibration=calibration.record(), unfit=quantized.unfit)
-    return replace(
-        row,
-        method=name,
-        options=method_options(recipe.method),
-        rounding=recipe.rounding,
-        scale_rule=recipe.scale_rule,
-        seed=recipe.seed,
-        site_error=sum(e.output_error for e in quantized.sites) / len(quantized.sites),
-        multiply_adds_per_token=sum(e.multiply_adds for e in quantized.sites),
-        quantize_seconds=round(seconds, 3),
     )
 
 
@@ -368,5 +434,16 @@ def _site_entry(
         width=transform.width,
         kind=transform.kind,
         multiply_adds=transform.multiply_adds,
+        extra_bytes=sum(
+            part.numel() * part.element_size() for part in transform.tensors().values()
+        ),
         output_error=error,
     )
+
+
+def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
+    return fake_quantize(transform.apply(values.float()), scale)
+
+
+def _transformed_hessian(transform: Transform, statistics: SiteStatistics) -> Tensor:
+    return transform.apply(transform.apply(statistics.hessian).T)

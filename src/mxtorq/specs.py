@@ -119,7 +119,7 @@ def _value(what: str, value: Any, kind: type) -> Any:
     try:
         if kind is bool:
             return value if isinstance(value, bool) else {"true": True, "false": False}[value]
-        if kind in (int, str) and not isinstance(value, (kind, str)) or isinstance(value, bool):
+        if (kind in (int, str) and not isinstance(value, (kind, str))) or isinstance(value, bool):
             raise ValueError(value)
         return kind(value)
     except (ValueError, KeyError, TypeError) as error:

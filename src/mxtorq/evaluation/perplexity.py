@@ -1,9 +1,12 @@
-"""Perplexity over non-overlapping windows.
+"""Perplexity over non-overlapping windows, and how far the predictions are from another model's.
 
 The text is cut into windows of ``seqlen`` tokens from its beginning, the rest is dropped. In each
 window the model predicts tokens 2 to seqlen from those before them in the same window. Perplexity
 is exp of the mean negative log-likelihood over all predictions. With WikiText-2's raw test split
 joined by blank lines and windows of 2048 this is the protocol of the GPTQ line of papers.
+
+KL(reference || model) over the same predictions sees what perplexity averages away: a model that
+is wrong differently but equally often has the same perplexity and another distribution.
 """
 
 import math
@@ -29,6 +32,8 @@ class Perplexity:
     nll: float
     """Mean negative log-likelihood of a token, in nats."""
     predictions: int
+    kl: float | None
+    """Mean KL(reference || model) of a prediction, in nats; None without a reference."""
 
 
 @torch.no_grad()
@@ -36,6 +41,7 @@ def perplexity(
     model: nn.Module,
     windows: Int64[Tensor, "n seqlen"],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    reference: nn.Module | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model; logits are read as float32, sums are float64.
 
@@ -43,18 +49,20 @@ def perplexity(
         ModelError: the model gives NaN or Inf.
     """
     device = next(model.parameters()).device
-    total, done = 0.0, 0
+    total, divergence, done = 0.0, 0.0, 0
     progress(0, len(windows))
     for batch in batches(windows):
         ids = batch.to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+        logits = _predictions(model, ids)
+        expected = None if reference is None else _predictions(reference, ids)
         targets = ids[:, 1:].flatten()
         for start in range(0, len(targets), _ROWS):
-            rows = logits[start : start + _ROWS].float()
-            losses = nn.functional.cross_entropy(
-                rows, targets[start : start + _ROWS], reduction="none"
-            )
-            total += losses.double().sum().item()
+            here = slice(start, start + _ROWS)
+            scores = logits[here].float().log_softmax(-1)
+            total -= scores.gather(-1, targets[here, None]).double().sum().item()
+            if expected is not None:
+                truth = expected[here].float().log_softmax(-1)
+                divergence += (truth.exp() * (truth - scores)).double().sum().item()
         done += len(batch)
         progress(done, len(windows))
     count = len(windows) * (windows.shape[1] - 1)
@@ -66,4 +74,14 @@ def perplexity(
             why="its logits hold NaN or Inf",
             todo="run `mxtorq inspect` on the checkpoint, or evaluate the unquantized model first",
         )
-    return Perplexity(value=math.exp(nll) if nll < 700 else math.inf, nll=nll, predictions=count)
+    return Perplexity(
+        value=math.exp(nll) if nll < 700 else math.inf,
+        nll=nll,
+        predictions=count,
+        kl=None if reference is None else divergence / count,
+    )
+
+
+def _predictions(model: nn.Module, ids: Int64[Tensor, "b seqlen"]) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits[:, :-1].flatten(0, 1)

@@ -12,7 +12,7 @@ from mxtorq.errors import CheckpointError
 
 FILE = "mxtorq.json"
 SCHEMA = "mxtorq.manifest"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,8 @@ class SiteEntry:
     """The kind of its transform; its tensors are stored under the site's name."""
     multiply_adds: int
     """What the transform costs online for a token."""
+    extra_bytes: int
+    """What the stored transform occupies."""
     output_error: float
     """sum ||y - y_q||^2 / sum ||y||^2 over a sample of calibration tokens, W4A4 against the
     unquantized linears on the same inputs."""
@@ -37,9 +39,10 @@ class Manifest:
 
     method: str
     """As on the command line, options included."""
-    options: dict[str, Any]
-    """All options of the method, defaults too."""
     rounding: str
+    """Likewise."""
+    recipe: dict[str, Any]
+    """Every choice of the run, all options of method and rounding with their values."""
     scale_rules: dict[str, str]
     """``weights`` and ``activations``."""
     seed: int
@@ -62,6 +65,11 @@ class Manifest:
     def multiply_adds_per_token(self) -> int:
         """Online cost of all transforms."""
         return sum(entry.multiply_adds for entry in self.sites)
+
+    @property
+    def extra_bytes(self) -> int:
+        """What all stored transforms occupy."""
+        return sum(entry.extra_bytes for entry in self.sites)
 
     def to_json(self) -> str:
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self)}

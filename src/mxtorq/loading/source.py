@@ -8,6 +8,7 @@ Nothing is trusted: safetensors only (a pickle can run code), no remote code, ev
 architecture needs must be there, and none may hold NaN or Inf.
 """
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -45,6 +46,14 @@ class Source:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names and BF16 values of all weights: which model this is."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
 
     def longest_window(self) -> int:
         """Positions that the model was made for."""

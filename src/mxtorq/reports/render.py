@@ -2,6 +2,9 @@
 
 import json
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from statistics import fmean, stdev
 from typing import Literal
 
 from rich.markup import escape
@@ -17,51 +20,88 @@ _COLUMNS = (
     "scale rule",
     "perplexity",
     "vs BF16",
+    "KL",
     "SQNR",
     "MACs",
-    "seconds",
+    "bytes",
+    "search s",
+    "total s",
 )
 _TEXT_COLUMNS = 4
+_PARTS = {
+    True: "OCP MXFP4",
+    False: "Not OCP: scales that no hardware has, shown to explain published numbers",
+}
+
+
+def parts(results: Results) -> Iterator[tuple[str, Results]]:
+    """The rows under OCP scales, and the others if there are any, each with the baselines."""
+    for ocp, title in _PARTS.items():
+        rows = tuple(row for row in results.rows if row.ocp is ocp and row.rounding is not None)
+        if rows or ocp:
+            used = (
+                {row.outliers for row in rows} if rows else {row.outliers for row in results.rows}
+            )
+            bases = [r for r in results.rows if r.rounding is None and r.outliers in used]
+            ordered = [
+                row
+                for outliers in dict.fromkeys(r.outliers for r in (*bases, *rows))
+                for row in (*bases, *rows)
+                if row.outliers == outliers
+            ]
+            yield title, replace(results, rows=tuple(ordered))
 
 
 def cells(results: Results) -> list[list[str]]:
-    """One list of strings a row, in the order of the columns.
+    """One list of strings a method (all its seeds), in the order of the columns.
 
-    "vs BF16" is the perplexity over that of the baseline with the same outliers, minus one.
+    "vs BF16" is the perplexity over that of the baseline with the same outliers, minus one. With
+    several seeds a figure is the mean and what stands after it the sample standard deviation.
     """
     baseline = {row.outliers: row.perplexity for row in results.rows if row.rounding is None}
-    return [_cells(row, baseline.get(row.outliers)) for row in results.rows]
+    return [_cells(group, baseline.get(group[0].outliers)) for group in _groups(results)]
 
 
 def markdown(results: Results) -> str:
-    """The table in Markdown, with the command that made it."""
+    """The tables in Markdown, with the command that made them and what a reader must know."""
     rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_COLUMNS) - _TEXT_COLUMNS)
-    lines = [_COLUMNS, rule, *cells(results)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"`{results.command}`\n\n{table}\n"
+    pages = [f"`{results.command}`"]
+    for title, part in parts(results):
+        lines = [_COLUMNS, rule, *cells(part)]
+        pages += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    pages += [footnote(results).replace("\n", "\n\n"), _versions(results)]
+    return "\n\n".join(pages) + "\n"
 
 
 def terminal(results: Results, title: str) -> Table:
-    """The table for a terminal; a rule separates groups of different outliers."""
+    """The table for a terminal; a rule separates groups of different outliers and the part under
+    scales outside of the format."""
     table = Table(
         title=title, title_justify="left", caption=footnote(results), caption_justify="left"
     )
     for index, column in enumerate(_COLUMNS):
         side: Literal["left", "right"] = "left" if index < _TEXT_COLUMNS else "right"
         table.add_column(column, justify=side, no_wrap=True)
-    for index, (row, line) in enumerate(zip(results.rows, cells(results), strict=True)):
-        following = results.rows[index + 1 : index + 2]
-        ends = bool(following) and following[0].outliers != row.outliers
-        table.add_row(*line, style="bold" if row.rounding is None else None, end_section=ends)
+    for at, (heading, part) in enumerate(parts(results)):
+        if at:
+            table.add_section()
+            table.add_row(f"[italic]{heading}[/italic]")
+        groups = _groups(part)
+        for index, (group, line) in enumerate(zip(groups, cells(part), strict=True)):
+            following = groups[index + 1 : index + 2]
+            ends = bool(following) and following[0][0].outliers != group[0].outliers
+            style = "bold" if group[0].rounding is None else None
+            table.add_row(*line, style=style, end_section=ends)
     return table
 
 
 def footnote(results: Results) -> str:
     """What a reader must know to trust or to distrust the figures."""
     notes = [
-        "vs BF16: of the perplexity. SQNR: of the quantized linears' outputs, from the mean error "
-        "of all sites. MACs: what the transforms multiply online for a token. Seconds: to "
-        "calibrate, fit and round."
+        "vs BF16: of the perplexity. KL: from the BF16 model, mean of all predictions, in nats. "
+        "SQNR: of the quantized linears' outputs, from the mean error of all sites. MACs: what the "
+        "transforms multiply online for a token. bytes: what they store. search s: choosing the "
+        "transforms; total s: with calibration and rounding. ±: standard deviation over seeds."
     ]
     for row in results.rows:
         evaluation, calibration = (
@@ -91,20 +131,49 @@ def footnote(results: Results) -> str:
     return "\n".join(dict.fromkeys(notes))
 
 
-def _cells(row: Row, baseline: float | None) -> list[str]:
+def _groups(results: Results) -> list[list[Row]]:
+    """Rows that differ in their seed only."""
+    found: dict[object, list[Row]] = {}
+    for row in results.rows:
+        key = (row.outliers, row.method, row.rounding, row.scale_rule)
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
+def _cells(group: list[Row], baseline: float | None) -> list[str]:
+    row = group[0]
+    values = [each.perplexity for each in group]
+    losses = [] if baseline is None else [100 * (value / baseline - 1) for value in values]
+    errors = [each.site_error for each in group if each.site_error]
     return [
-        row.method,
+        row.method if len(group) == 1 else f"{row.method} ({len(group)} seeds)",
         row.outliers or "none",
         row.rounding or "-",
         row.scale_rule or "-",
-        f"{row.perplexity:.4f}" if row.perplexity < 1e5 else f"{row.perplexity:.3e}",
-        "-"
-        if baseline is None or row.rounding is None
-        else f"{row.perplexity / baseline - 1:+.2%}",
-        "-" if not row.site_error else f"{sqnr_db(row.site_error):.2f} dB",
+        _spread(values, ".4f") if max(values) < 1e5 else f"{fmean(values):.3e}",
+        "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
+        _spread([each.kl for each in group if each.kl is not None], ".4f"),
+        _spread([sqnr_db(error) for error in errors], ".2f", " dB"),
         "-" if row.multiply_adds_per_token is None else f"{row.multiply_adds_per_token:,}",
-        "-" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}",
+        "-" if row.extra_bytes is None else f"{row.extra_bytes:,}",
+        _spread([r.search_seconds for r in group if r.search_seconds is not None], ".1f", "", 1),
+        _spread(
+            [r.quantize_seconds for r in group if r.quantize_seconds is not None], ".1f", "", 1
+        ),
     ]
+
+
+def _spread(values: Sequence[float], form: str, unit: str = "", most: int = 2) -> str:
+    """The mean, and with two or more values their standard deviation."""
+    if not values:
+        return "-"
+    mean = f"{fmean(values):{form}}"
+    spread = f" ± {stdev(values):{form.lstrip('+')}}" if min(len(values), most) > 1 else ""
+    return f"{mean}{spread}{unit}"
+
+
+def _versions(results: Results) -> str:
+    return "Versions: " + ", ".join(f"{k} {v}" for k, v in results.versions.items()) + "."
 
 
 def sqnr_db(error: float) -> float:
@@ -119,14 +188,15 @@ def checkpoint_facts(manifest: Manifest, name: str) -> Table:
         "checkpoint": name,
         "source": f"{source['model']} ({source['family']}), outliers: "
         f"{source['outliers'] or 'none'}",
-        "method": f"{manifest.method} {json.dumps(manifest.options) if manifest.options else ''}",
-        "rounding": manifest.rounding,
+        "method": f"{manifest.method} {json.dumps(manifest.recipe['method'])}",
+        "rounding": f"{manifest.rounding} {json.dumps(manifest.recipe['rounding'])}",
         "scale rule": ", ".join(f"{k} {v}" for k, v in manifest.scale_rules.items()),
         "calibration": f"{calibration['source']}: {calibration['tokens']:,} tokens in windows of "
         f"{calibration['seqlen']}, seed {calibration['seed']}",
         "site SQNR": f"{sqnr_db(manifest.mean_output_error):.2f} dB (of the mean error of "
         f"{len(manifest.sites)} sites)",
-        "online cost": f"{manifest.multiply_adds_per_token:,} multiply-adds a token",
+        "online cost": f"{manifest.multiply_adds_per_token:,} multiply-adds a token; transforms of "
+        f"{manifest.extra_bytes / 1e6:.3f} MB",
         "left in BF16": ", ".join(f"{k} (width {v})" for k, v in manifest.unfit.items()) or "-",
         "files": ", ".join(f"{k} {v['bytes'] / 1e6:.2f} MB" for k, v in manifest.files.items()),
         "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),

@@ -23,7 +23,7 @@ class Row:
     rounding: str | None
     """How weights were rounded; None for the baseline."""
     scale_rule: str | None
-    """The E8M0 rule of weights and activations; None for the baseline."""
+    """The scale rule of weights and activations; None for the baseline."""
     perplexity: float
     nll: float
     predictions: int
@@ -31,16 +31,27 @@ class Row:
     """Of calibration and fitting; None for the baseline."""
     outliers: str | None
     """The profile that the model's channels were rescaled by, if any."""
+    ocp: bool = True
+    """False: scales that no hardware has. Such rows explain published numbers and stand apart."""
+    kl: float | None = None
+    """Mean over predictions of KL(baseline || this model), in nats."""
     site_error: float | None = None
     """Mean over sites of the relative squared output error on calibration tokens."""
+    site_errors: dict[str, float] = field(default_factory=dict)
+    """That error of each site."""
     multiply_adds_per_token: int | None = None
     """Online cost of the transforms, summed over sites."""
+    extra_bytes: int | None = None
+    """What the stored transforms occupy beside the model."""
+    search_seconds: float | None = None
+    """Time in which the method chose its transforms."""
     quantize_seconds: float | None = None
+    """Time of the whole quantization, calibration and search included."""
     options: dict[str, Any] = field(default_factory=dict)
     """All options of the method, defaults too."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """``model``, ``baseline_dtype``, ``compute_dtype``, ``calibration``, ``evaluation``,
-    ``unfit``."""
+    """``model``, ``weights_sha256``, ``baseline_dtype``, ``compute_dtype``, ``recipe``,
+    ``calibration``, ``evaluation``, ``unfit``."""
 
 
 @dataclass(frozen=True, kw_only=True)

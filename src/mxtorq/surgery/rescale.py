@@ -22,6 +22,12 @@ from mxtorq.transforms.diagonal import Diagonal
 from mxtorq.transforms.rotation import Identity
 
 
+def is_norm(layer: nn.Module, path: str) -> bool:
+    """Whether a site's source is a norm with a gain for each channel."""
+    source: Any = layer.get_submodule(path)
+    return int(source.weight.dim()) == 1
+
+
 def source_width(layer: nn.Module, site: Site) -> int:
     """Free channels of a site: with grouped-query attention o_in repeats those of v_proj."""
     source: Any = layer.get_submodule(site.source)
@@ -33,7 +39,7 @@ def rescale_site_(
     layer: nn.Module,
     site: Site,
     factors: Float[Tensor, " channels"],
-    head_dim: int,
+    head_dim: int = 1,
     kept: torch.dtype | None = None,
 ) -> Float[Tensor, " channels"]:
     """Multiply the site's channels by ``factors`` and divide the readers' columns by them.
@@ -42,7 +48,7 @@ def rescale_site_(
         layer: a decoder layer.
         site: one of its sites.
         factors: positive, one for each channel of the site's source.
-        head_dim: by which grouped-query attention repeats channels at o_in.
+        head_dim: by which grouped-query attention repeats channels at o_in; matters only there.
         kept: the dtype in which a checkpoint keeps norms and biases; they are rounded to it.
 
     Returns:
@@ -61,7 +67,7 @@ def rescale_site_(
             why="each input channel must come from one channel of the source",
             todo="check the family's description of this site",
         )
-    if source.weight.dim() == 1:
+    if is_norm(layer, site.source):
         before = source.weight.clone()
         source.weight.copy_(_rounded(before * factors, kept))
         usable = (before != 0) & (source.weight != 0)
@@ -79,7 +85,7 @@ def rescale_site_(
 
 
 def merge_diagonal_(
-    layer: nn.Module, site: Site, transform: Transform, head_dim: int, kept: torch.dtype
+    layer: nn.Module, site: Site, transform: Transform, kept: torch.dtype
 ) -> tuple[Transform, Float64[Tensor, " d"] | None]:
     """Move the diagonal that a transform begins with into the site's source, where that can be.
 
@@ -95,7 +101,7 @@ def merge_diagonal_(
     if not isinstance(first, Diagonal) or source_width(layer, site) != first.width:
         return transform, None
     wanted = first.factors.to(next(layer.parameters()).dtype)
-    applied = rescale_site_(layer, site, wanted, head_dim, kept)
+    applied = rescale_site_(layer, site, wanted, kept=kept)
     rest = chain(*links[1:]) if len(links) > 1 else Identity(first.width)
     return rest, applied.double()
 

@@ -48,6 +48,18 @@ class SiteStatistics:
         """The weights stacked: q, k and v, or gate and up, are one matrix to a method."""
         return torch.cat([weight.double() for weight in self.weights])
 
+    def rescaled(self, factors: Float64[Tensor, " d"]) -> "SiteStatistics":
+        """The statistics of the same inputs, channel c multiplied with ``factors[c]``.
+
+        ``weights`` stay: whoever rescales the inputs knows what became of them.
+        """
+        return replace(
+            self,
+            hessian=self.hessian * factors[:, None] * factors,
+            amax=self.amax * factors.float(),
+            sample=self.sample * factors.float(),
+        )
+
     def transformed(self, transform: "Transform") -> "SiteStatistics":
         """The statistics of x T and W T^-T.
 
@@ -155,6 +167,8 @@ class Network:
     calibration windows when matrices R1 [hidden, hidden] and R2 [head_dim, head_dim] a layer are
     merged, sites have ``online`` transforms, and the inputs of the linears are rounded to MXFP4
     (straight-through gradient). Differentiable in the matrices."""
+    progress: Callable[[int, int], None] = lambda done, total: None
+    """(steps done, steps in all) of a method that takes long."""
 
 
 class TransformMethod(ABC):
