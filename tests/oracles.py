@@ -3,6 +3,9 @@
 import numpy as np
 import torch
 
+from mxtorq.models.family import SiteName
+from mxtorq.transforms.base import SiteStatistics
+
 CUTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
 
@@ -48,3 +51,26 @@ def activations(tokens: int, width: int, outliers: int, seed: int) -> torch.Tens
     where = torch.randperm(width, generator=draw)[:outliers]
     rows[:, where] *= 10 + 30 * torch.rand(outliers, generator=draw)
     return rows
+
+
+def statistics(
+    width: int = 160,
+    *,
+    tokens: int = 300,
+    rows: int = 48,
+    seed: int = 7,
+    name: SiteName = SiteName.DOWN_IN,
+) -> SiteStatistics:
+    """A site with outlier channels and two random readers, every token in the sample."""
+    sample = activations(tokens, width, outliers=4, seed=seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    weight = torch.randn(2 * rows, width, generator=draw)
+    return SiteStatistics(
+        site=f"model.layers.0.{name}",
+        name=name,
+        tokens=tokens,
+        hessian=sample.double().T @ sample.double() / tokens,
+        amax=sample.abs().amax(0),
+        sample=sample,
+        weights=(weight[:rows], weight[rows:]),
+    )

@@ -1,6 +1,7 @@
 """Recipes are validated at birth, and method names go to objects and back."""
 
 from dataclasses import FrozenInstanceError, dataclass
+from pathlib import Path
 
 import pytest
 
@@ -8,19 +9,30 @@ from mxtorq.config import (
     EvaluationPlan,
     Recipe,
     method_name,
-    method_options,
     parse_method,
+    parse_rounding,
+    parse_scale,
+    plan_from,
+    read_settings,
+    recipe_from,
+    require_ocp,
+    rounding_name,
+    to_toml,
 )
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.scales import NonOCPScale
+from mxtorq.rounding import ROUNDINGS
+from mxtorq.rounding.gptq import GPTQ, Order
+from mxtorq.specs import options_of
 from mxtorq.transforms import METHODS
-from mxtorq.transforms.base import SiteStatistics
+from mxtorq.transforms.base import SiteStatistics, TransformMethod
 from mxtorq.transforms.rotation import Identity
 from mxtorq.transforms.torq.method import TORQ, InterAngle, Levels
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mine:
+class Mine(TransformMethod):
     """A user's own method."""
 
     strength: float = 1.0
@@ -48,7 +60,7 @@ def test_options() -> None:
         blocks=100,
     )
     assert method_name(method) == spec
-    options = method_options(method)
+    options = options_of(method)
     assert options["levels"] == "inter"
     assert options["rounds"] == 10
     assert parse_method("torq:levels=both") == TORQ()
@@ -68,6 +80,8 @@ def test_a_user_s_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_method("my.methods:Yours")
     with pytest.raises(UsageError, match="cannot be imported"):
         parse_method("no.such.module:Mine")
+    with pytest.raises(UsageError, match="TransformMethod"):
+        parse_method("collections.abc:Mapping")
 
 
 @pytest.mark.parametrize(
@@ -87,13 +101,105 @@ def test_wrong_methods_teach(spec: str, hint: str) -> None:
         parse_method(spec)
 
 
+@pytest.mark.parametrize("name", ROUNDINGS)
+def test_roundings_go_there_and_back(name: str) -> None:
+    assert rounding_name(parse_rounding(name)) == name
+    backward = parse_rounding("gptq:order=backward:damping=0.1")
+    assert backward == GPTQ(order=Order.BACKWARD, damping=0.1)
+    assert set(rounding_name(backward).split(":")) == {"gptq", "order=backward", "damping=0.1"}
+    with pytest.raises(UsageError, match="did you mean 'gptq'"):
+        parse_rounding("gptk")
+
+
+def test_scales_by_name() -> None:
+    assert parse_scale("even") is ScaleRule.EVEN
+    assert parse_scale("log256") is NonOCPScale.LOG256
+    with pytest.raises(UsageError, match="did you mean 'rceil'"):
+        parse_scale("rcei")
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [{"rounding": "gptk"}, {"calibration_tokens": 0}, {"seqlen": -1}, {"calibration_tokens": -5}],
+    "wrong", [{"calibration_tokens": 0}, {"seqlen": -1}, {"calibration_tokens": -5}]
 )
-def test_recipes_are_validated(wrong: dict[str, object]) -> None:
+def test_recipes_are_validated(wrong: dict[str, int]) -> None:
     with pytest.raises(UsageError):
-        Recipe(method=TORQ(), **wrong)  # type: ignore[arg-type]
+        Recipe(method=TORQ(), **wrong)
+
+
+def test_what_no_hardware_has_is_not_written() -> None:
+    require_ocp(Recipe(method=TORQ()))
+    for scale in NonOCPScale:
+        with pytest.raises(UsageError, match="mxtorq compare"):
+            require_ocp(Recipe(method=TORQ(), scale_rule=scale))
+
+
+def test_toml_goes_there_and_back(tmp_path: Path) -> None:
+    recipe = Recipe(
+        method=TORQ(levels=Levels.INTER, complementarity=0.5, tolerance=1e-7),
+        rounding=GPTQ(order=Order.BACKWARD),
+        scale_rule=ScaleRule.EVEN,
+        calibration='a "quoted" \\ name.txt',
+        seqlen=512,
+        seed=3,
+        outliers="qwen3-0.6b",
+        allow_unfit=True,
+    )
+    plan = EvaluationPlan(text="wikitext2", seqlen=512)
+    path = tmp_path / "recipe.toml"
+    path.write_text(to_toml(recipe, plan))
+    settings, evaluation = read_settings(path)
+    assert recipe_from(settings) == recipe
+    assert plan_from(evaluation) == plan
+    path.write_text('method = "torq:levels=inter"\nrounding = "gptq"\n')
+    settings, evaluation = read_settings(path)
+    assert recipe_from(settings) == Recipe(method=TORQ(levels=Levels.INTER), rounding=GPTQ())
+    assert evaluation == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('metod = "torq"', "did you mean 'method'"),
+        ('rounding = "rtn"', "which method"),
+        ('method = "torq"\nseed = "1"', "type str"),
+        ('method = "torq"\nseed = true', "type bool"),
+        ('method = "torq"\nallow_unfit = 1', "type int"),
+        ('method = "torq"\nscale_rule = "flor"', "did you mean 'floor'"),
+        ('[method]\nname = "torq"\nlevel = "inter"', "did you mean 'levels'"),
+        ('[method]\nname = "torq"\nrounds = 2.5', "expected: int"),
+        ('[method]\nname = "torq"\nrounds = true', "expected: int"),
+        ("method = ", "TOMLDecodeError"),
+    ],
+)
+def test_wrong_files_teach(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        recipe_from(read_settings(path)[0])
+    with pytest.raises(UsageError, match="recipes/"):
+        read_settings(tmp_path / "none.toml")
+
+
+def test_unknown_keys_of_a_plan_teach() -> None:
+    with pytest.raises(UsageError, match="did you mean 'seqlen'"):
+        plan_from({"seqlne": 5})
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_that_we_ship_are_valid(path: Path) -> None:
+    settings, evaluation = read_settings(path)
+    recipe = recipe_from(settings)
+    plan_from(evaluation)
+    assert recipe_from(recipe.to_dict()) == recipe
+    assert path.read_text().startswith("#"), "a recipe says what it is"
+
+
+def test_there_is_a_recipe_for_every_method() -> None:
+    named = {type(recipe_from(read_settings(path)[0]).method) for path in RECIPES}
+    assert named == set(METHODS.values())
 
 
 def test_plans_are_validated_and_both_are_frozen() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import mxtorq.loading.writer
 from mxtorq import pipeline
+from mxtorq.comparison import compare
 from mxtorq.config import EvaluationPlan, Recipe, parse_method
 from mxtorq.errors import (
     CheckpointError,
@@ -28,7 +29,7 @@ from mxtorq.loading.checkpoint import build_model, load
 from mxtorq.models import FAMILIES
 from mxtorq.surgery.linear import MXFP4Linear, fused_weight
 
-METHODS = ["identity", "hadamard", "torq"]
+METHODS = ["identity", "hadamard", "torq", "quarot", "duquant++:steps=8", "wush", "perq"]
 
 
 def recipe(method: str, text: Path, **changes: object) -> Recipe:
@@ -51,7 +52,7 @@ def written(
     folders = {}
     for family, model in tiny_folders.items():
         for method in METHODS:
-            out = root / f"{family}-{method}"
+            out = root / f"{family}-{method.replace(':', '-')}"
             pipeline.quantize(str(model), out, recipe(method, story), device="cpu")
             folders[family, method] = out
     return folders
@@ -118,7 +119,7 @@ def test_the_checkpoint_evaluates_as_the_model_in_the_comparison(
 ) -> None:
     plan = EvaluationPlan(text=str(story), eval_tokens=512, seqlen=64)
     recipes = [recipe(case[1], story)]
-    compared = pipeline.compare(str(tiny_folders[case[0]]), recipes, plan, device="cpu")
+    compared = compare(str(tiny_folders[case[0]]), recipes, plan, device="cpu")
     evaluated = pipeline.evaluate(str(written[case]), plan, device="cpu")
     baseline, row = compared.rows
     assert (baseline.method, baseline.rounding, baseline.scale_rule) == ("bf16", None, None)
@@ -396,12 +397,12 @@ def test_a_real_trained_model_end_to_end(data: Path, tmp_path: Path) -> None:
     recipes = [
         recipe(m, text, calibration_tokens=4096, seqlen=256) for m in ("identity", "hadamard")
     ]
-    baseline, identity, hadamard = pipeline.compare(model, recipes, plan, device="cpu").rows
+    baseline, identity, hadamard = compare(model, recipes, plan, device="cpu").rows
     assert 1.85 < baseline.perplexity < 2.2
     assert baseline.perplexity < hadamard.perplexity < 4
     assert baseline.perplexity < identity.perplexity < 4
     saturating = recipe(
         "identity", text, calibration_tokens=4096, seqlen=256, scale_rule=ScaleRule.FLOOR6
     )
-    collapsed = pipeline.compare(model, [saturating], plan, device="cpu").rows[1]
+    collapsed = compare(model, [saturating], plan, device="cpu").rows[1]
     assert collapsed.perplexity > 2 * identity.perplexity

@@ -11,7 +11,7 @@ Unknown keys, names and values are errors with the nearest known one. Nothing is
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -31,7 +31,7 @@ class Recipe:
     """How a model is quantized. Validated at birth, never adjusted."""
 
     method: TransformMethod
-    rounding: Rounding = RTN()
+    rounding: Rounding = field(default_factory=RTN)
     scale_rule: Scale = ScaleRule.FLOOR
     """Of weights and activations. A `NonOCPScale` can be evaluated and not be written."""
     calibration: str = "stdlib"
@@ -215,7 +215,7 @@ def _object(what: str, value: Any, table: Mapping[str, type[Any]], base: type[An
 
 
 def _require_known(what: str, settings: Mapping[str, Any], kind: type[Any]) -> None:
-    names = {field.name for field in fields(kind)}
+    names = {each.name for each in fields(kind)}
     for key in settings:
         if key not in names:
             raise specs.unknown(what, key, names)

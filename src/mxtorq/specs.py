@@ -1,4 +1,4 @@
-"""Methods and ways of rounding by name, with options: ``torq:levels=inter``, ``gptq:order=backward``.
+"""Methods and roundings by name, with options: ``torq:levels=inter``, ``gptq:order=backward``.
 
 NAME is a key of a table or an importable ``package.module:Class`` of your own, which takes options
 in the same way. Unknown names, options and values are errors with the nearest known one. The same

@@ -4,10 +4,17 @@ import pytest
 import torch
 
 import tiny_models
-from mxtorq.calibration.capture import advance_, batches, capture_sites, first_layer_inputs
+from mxtorq.calibration.capture import (
+    advance_,
+    batches,
+    capture_hessians,
+    capture_sites,
+    first_layer_inputs,
+)
 from mxtorq.calibration.statistics import SAMPLE_TOKENS, SiteAccumulator
 from mxtorq.errors import ModelError
 from mxtorq.models import FAMILIES
+from mxtorq.models.family import SiteName
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,6 +57,24 @@ def test_statistics_are_the_moments_of_what_the_linears_read(name: str) -> None:
         assert found.tokens == 128
         assert torch.allclose(found.hessian, x.T @ x / 128, rtol=1e-12, atol=1e-14)
         assert torch.equal(found.sample, x.float())
+        assert torch.equal(found.amax, x.abs().amax(0).float())
+        assert found.name is site.name
+        stacked = [layer.get_submodule(path).weight for path in site.linears]
+        assert torch.equal(found.weight, torch.cat(stacked))
+
+
+def test_hessians_of_changed_inputs() -> None:
+    """Through a function of the site's own, as GPTQ after the rounding of activations wants."""
+    family, model = FAMILIES["llama"], tiny_models.build("llama").double()
+    layer = model.get_submodule(f"{family.layers}.0")
+    sites = {site.name: site for site in family.sites}
+    inputs = first_layer_inputs(model, family, tiny_models.tokens(2, 16))
+    through = {name: (lambda values, by=at + 2.0: values * by) for at, name in enumerate(sites)}
+    plain = capture_sites(layer, sites, inputs, seed=0)
+    found = capture_hessians(layer, sites, inputs, through)
+    for at, name in enumerate(sites):
+        expected = plain[name].hessian * (at + 2.0) ** 2
+        assert torch.allclose(found[name], expected, rtol=1e-12)
 
 
 def test_no_hook_stays_behind() -> None:
@@ -67,7 +92,7 @@ def test_the_sample_does_not_depend_on_the_batches() -> None:
     whole.add(rows)
     for part in rows.split(100):
         parts.add(part[None])
-    one, two = whole.finish(), parts.finish()
+    one, two = (each.finish(SiteName.DOWN_IN, ()) for each in (whole, parts))
     assert len(one.sample) == SAMPLE_TOKENS
     assert torch.equal(one.sample, two.sample)
     assert torch.allclose(one.hessian, two.hessian, rtol=1e-12, atol=1e-13)

@@ -1,7 +1,10 @@
 """Texts become windows: joining, drawing, hashing, and every way in which a text can be wrong."""
 
 import json
+import sys
+import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +122,38 @@ def test_too_short_texts(seqlen: int, tokens: int) -> None:
 def test_wikitext2_from_the_hub_says_what_is_missing() -> None:
     with pytest.raises(TextError, match=r"mxtorq\[hub\]"):
         load_text("wikitext2", "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "expected"),
+    [
+        ("wikitext2", "calibration", ("Salesforce/wikitext", "train", False, None)),
+        ("wikitext2", "evaluation", ("Salesforce/wikitext", "test", False, None)),
+        ("c4", "calibration", ("allenai/c4", "train", True, "en/c4-train.00000-of-01024.json.gz")),
+        (
+            "c4",
+            "evaluation",
+            ("allenai/c4", "validation", True, "en/c4-validation.00000-of-00008.json.gz"),
+        ),
+    ],
+)
+def test_each_role_has_its_own_split(
+    name: str, role: str, expected: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked of the hub; the download itself needs a network."""
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(path: str, split: str, streaming: bool, **options: Any) -> list[Any]:
+        files = options.get("data_files")
+        asked.append((path, split, streaming, files and files[split]))
+        return [{"text": "one"}, {"text": "two"}]
+
+    hub = types.ModuleType("datasets")
+    hub.load_dataset = load_dataset  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    text = load_text(name, role)
+    assert asked == [expected]
+    assert text.documents == (("one\n\ntwo",) if name == "wikitext2" else ("one", "two"))
 
 
 def test_wikitext2_rows_of_the_raw_file() -> None:

@@ -35,6 +35,23 @@ def test_a_uniform_model_has_the_vocabulary_s_size() -> None:
     assert math.isclose(found.value, 320, rel_tol=1e-5)
 
 
+def test_kl_is_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mxtorq.evaluation.perplexity._ROWS", 7)
+    model, other = tiny_models.build("llama"), tiny_models.build("llama", seed=1)
+    windows = tiny_models.tokens(3, 24)
+    p, q = (
+        torch.log_softmax(each(input_ids=windows).logits[:, :-1].double(), -1)
+        for each in (other, model)
+    )
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    found = perplexity(model, windows, reference=other).kl
+    assert found is not None
+    # float32 log-probabilities of magnitude below 64, weighted by probabilities that sum to 1
+    assert abs(found - expected) <= 2 * 64 * 320 * torch.finfo(torch.float32).eps
+    assert perplexity(model, windows, reference=model).kl == 0.0
+    assert perplexity(model, windows).kl is None
+
+
 def test_progress_counts_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mxtorq.calibration.capture.BATCH_TOKENS", 32)
     calls: list[tuple[int, int]] = []

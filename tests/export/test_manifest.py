@@ -13,12 +13,13 @@ ENTRY = SiteEntry(
     width=64,
     kind="torq",
     multiply_adds=5,
+    extra_bytes=7,
     output_error=0.25,
 )
 MANIFEST = Manifest(
     method="torq",
-    options={"levels": "both"},
     rounding="rtn",
+    recipe={"method": {"name": "torq", "levels": "both"}},
     scale_rules={"weights": "floor", "activations": "floor"},
     seed=3,
     source={"model": "reference"},
@@ -33,6 +34,7 @@ MANIFEST = Manifest(
 def test_there_and_back() -> None:
     assert Manifest.from_json(MANIFEST.to_json(), "here") == MANIFEST
     assert MANIFEST.mean_output_error == 0.25
+    assert (MANIFEST.multiply_adds_per_token, MANIFEST.extra_bytes) == (5, 7)
 
 
 def changed(**fields: object) -> str:

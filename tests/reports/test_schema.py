@@ -3,12 +3,13 @@
 import io
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from mxtorq.errors import UsageError
-from mxtorq.reports.render import cells, footnote, markdown, sqnr_db, terminal
+from mxtorq.reports.render import cells, footnote, markdown, parts, sqnr_db, terminal
 from mxtorq.reports.schema import VERSION, Results, Row
 
 EVALUATION = {"source": "t", "tokens": 100, "seqlen": 10, "text_sha256": "a"}
@@ -38,7 +39,16 @@ def row(method: str, perplexity: float, outliers: str | None = None, **more: obj
 RESULTS = Results(
     rows=(
         row("bf16", 2.0),
-        row("torq", 2.5, site_error=0.01, multiply_adds_per_token=1234, quantize_seconds=1.5),
+        row(
+            "torq",
+            2.5,
+            kl=0.25,
+            site_error=0.01,
+            multiply_adds_per_token=1234,
+            extra_bytes=5678,
+            search_seconds=0.5,
+            quantize_seconds=1.5,
+        ),
         row("bf16", 4.0, "wild"),
         row("identity", 5.0, "wild"),
     ),
@@ -64,10 +74,36 @@ def test_other_records_are_refused(text: str) -> None:
 def test_ratios_are_to_the_baseline_with_the_same_outliers() -> None:
     table = cells(RESULTS)
     assert table[0][5] == "-"
-    assert table[1][5] == "+25.00%"
-    assert table[3][5] == "+25.00%"
-    assert table[1][6] == "20.00 dB"
-    assert table[1][7] == "1,234"
+    assert table[1][5] == "+25.00 %"
+    assert table[3][5] == "+25.00 %"
+    assert table[1][6:] == ["0.2500", "20.00 dB", "1,234", "5,678", "0.5", "1.5"]
+
+
+def test_seeds_become_one_line_with_their_spread() -> None:
+    """The sample standard deviation of 2, 4 and 6 is 2."""
+    values = [row("torq", value, seed=seed) for seed, value in enumerate((2.0, 4.0, 6.0))]
+    other = row("torq", 3.0, rounding="gptq")
+    results = Results(rows=(row("bf16", 2.0), *values, other), versions={})
+    table = cells(results)
+    assert len(table) == 3
+    assert table[1][0] == "torq (3 seeds)"
+    assert table[1][4] == "4.0000 ± 2.0000"
+    assert table[1][5] == "+100.00 ± 100.00 %"
+    assert table[2][:5] == ["torq", "none", "gptq", "floor", "3.0000"]
+
+
+def test_scales_that_no_hardware_has_stand_apart() -> None:
+    strange = row("identity", 2.1, scale_rule="log256", ocp=False)
+    rows = (*RESULTS.rows[:2], strange, *RESULTS.rows[2:])
+    results = replace(RESULTS, rows=rows)
+    (first, strict), (second, other) = parts(results)
+    assert "OCP" in first
+    assert "no hardware has" in second
+    assert strict.rows == RESULTS.rows
+    assert other.rows == (RESULTS.rows[0], strange)
+    text = markdown(results)
+    assert text.index("+25.00 %") < text.index("no hardware has") < text.index("log256")
+    assert "no hardware" not in markdown(RESULTS)
 
 
 def test_the_footnote_tells_what_makes_figures_doubtful() -> None:
@@ -85,7 +121,7 @@ def test_the_footnote_tells_what_makes_figures_doubtful() -> None:
 
 
 def test_renderings_hold_every_cell() -> None:
-    console = Console(width=140, record=True, file=io.StringIO())
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(terminal(RESULTS, "title"))
     for text in (console.export_text(), markdown(RESULTS)):
         for line in cells(RESULTS):

@@ -5,8 +5,11 @@ A text is named on the command line as FILE or NAME:
     FILE              plain text (one document), or .jsonl with one {"text": ...} a line
     stdlib            the standard library of the running Python: disjoint parts for calibration
                       and evaluation, no network
-    wikitext2         WikiText-2 raw, test split, from the hub (needs the ``hub`` extra)
-    wikitext2:FILE    the same from a local wiki.test.raw
+    wikitext2         WikiText-2 raw from the hub (needs the ``hub`` extra): the train split for
+                      calibration, the test split for evaluation
+    wikitext2:FILE    the same from a local wiki.train.raw or wiki.test.raw
+    c4                C4, English, from the hub: documents of the first shard of the train split for
+                      calibration, of the validation split for evaluation
 
 Documents are opened by BOS where the tokenizer has one and encoded without further special tokens.
 WikiText-2 is one document: the rows of the raw split joined by blank lines ("\\n\\n"), which is the
@@ -17,6 +20,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +35,9 @@ Role = Literal["calibration", "evaluation"]
 
 _ENCODED_AT_ONCE = 256
 """Documents a call: the tokenizer's own bookkeeping takes a hundred times their size."""
+
+_C4_DOCUMENTS = 16_384
+"""About 8 million tokens; the whole shard would take minutes to tokenize."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,7 @@ class Windows:
 
 
 def load_text(name: str, role: Role) -> Text:
-    """Read the text called ``name`` for a role (only ``stdlib`` has a part for each).
+    """Read the text called ``name`` for a role; named texts have a part for each.
 
     Raises:
         TextError: there is no such file or name, or it holds no text.
@@ -192,19 +199,32 @@ def wikitext2_rows(raw: str) -> list[str]:
 def _wikitext2(role: Role, path: str) -> list[str]:
     if path:
         return [wikitext2_document(wikitext2_rows(_read_file(Path(path))[0]))]
+    split = {"calibration": "train", "evaluation": "test"}[role]
+    rows = _from_hub("Salesforce/wikitext", split, name="wikitext-2-raw-v1")
+    return [wikitext2_document(rows)]
+
+
+def _c4(role: Role, rest: str) -> list[str]:
+    split, shards = {"calibration": ("train", 1024), "evaluation": ("validation", 8)}[role]
+    file = f"en/c4-{split}.00000-of-{shards:05}.json.gz"
+    return _from_hub("allenai/c4", split, data_files={split: file}, most=_C4_DOCUMENTS)
+
+
+def _from_hub(dataset: str, split: str, most: int | None = None, **options: Any) -> list[str]:
+    """The ``text`` column of a data set, or its first ``most`` rows."""
     try:
         from datasets import load_dataset  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split="test")["text"]
+        rows = load_dataset(dataset, split=split, streaming=most is not None, **options)
+        return [row["text"] for row in islice(rows, most)]
     except Exception as error:  # the hub client has no common root for its errors
         raise TextError(
-            asked="WikiText-2 from the hub",
+            asked=f"{dataset} from the hub",
             found=f"{type(error).__name__}: {str(error)[:200]}",
             why="the data set is downloaded by the `datasets` package",
-            todo="pip install 'mxtorq[hub]' and connect, or pass wikitext2:FILE with a local "
-            "wiki.test.raw",
+            todo="pip install 'mxtorq[hub]' and connect, or name a local file (wikitext2:FILE for "
+            "wiki.test.raw)",
         ) from error
-    return [wikitext2_document(list(rows))]
 
 
 def _stdlib(role: Role, rest: str) -> list[str]:
@@ -214,5 +234,6 @@ def _stdlib(role: Role, rest: str) -> list[str]:
 NAMED_TEXTS: dict[str, Callable[[Role, str], list[str]]] = {
     "stdlib": _stdlib,
     "wikitext2": _wikitext2,
+    "c4": _c4,
 }
 """Texts that are known by name; the second argument is what follows the colon."""

@@ -56,7 +56,7 @@ def block_scales(blocks: Float32[Tensor, "*shape 32"], scale: Scale) -> Float32[
     """The scale of each block as a number. NaN where a block holds NaN or Inf.
 
     With `NonOCPScale.LOG256` it depends on all blocks that are passed in. Blocks of zeros take no
-    part in the range, and equal scales are kept as they are: the released code divides 0 by 0 there.
+    part in the range, and equal scales stay as they are; the released code divides 0 by 0 there.
     """
     bits = e8m0.magnitude_bits(blocks).amax(-1)
     if isinstance(scale, ScaleRule):

@@ -1,4 +1,4 @@
-"""A full-width rotation that costs d sum(n_i) instead of d^2: signs and a Kronecker product.
+"""A full-width rotation that costs d (1 + sum n_i), not d^2: signs and a Kronecker product.
 
 T = diag(signs) (F_1 (x) F_2 (x) ... (x) F_k), features in row-major order of the factors' axes. A
 Hadamard matrix of every size that is in use is such a product: see `hadamard.factors`.
@@ -53,7 +53,7 @@ class KroneckerRotation(Rotation):
 
     @property
     def multiply_adds(self) -> int:
-        return self.width * sum(len(factor) for factor in self.factors)
+        return self.width * (1 + sum(len(factor) for factor in self.factors))
 
     def tensors(self) -> dict[str, Tensor]:
         parts = {f"factor.{index}": factor for index, factor in enumerate(self.factors)}
