@@ -13,8 +13,15 @@ Without touching this package: name any importable one as ``package.module:Class
 """
 
 from mxtorq.transforms.base import Transform, TransformMethod
+from mxtorq.transforms.block_matrices import BlockMatrices
+from mxtorq.transforms.chain import Chain
+from mxtorq.transforms.diagonal import Diagonal
+from mxtorq.transforms.duquant.method import DuQuant, DuQuantPlusPlus
 from mxtorq.transforms.hadamard import Hadamard
+from mxtorq.transforms.permutation import Permutation
+from mxtorq.transforms.perq import PeRQ
 from mxtorq.transforms.rotation import BlockRotation, Identity, IdentityMethod
+from mxtorq.transforms.smoothquant import SmoothQuant
 from mxtorq.transforms.torq.method import TORQ
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
@@ -22,10 +29,23 @@ METHODS: dict[str, type[TransformMethod]] = {
     "identity": IdentityMethod,
     "hadamard": Hadamard,
     "torq": TORQ,
+    "duquant++": DuQuantPlusPlus,
+    "duquant": DuQuant,
+    "smoothquant": SmoothQuant,
+    "perq": PeRQ,
 }
 """Methods by the name that a recipe, the command line and every table use."""
 
 KINDS: dict[str, type[Transform]] = {
-    kind.kind: kind for kind in (Identity, BlockRotation, TwoLevelRotation)
+    kind.kind: kind
+    for kind in (
+        Identity,
+        BlockRotation,
+        TwoLevelRotation,
+        BlockMatrices,
+        Chain,
+        Diagonal,
+        Permutation,
+    )
 }
 """Transforms by the ``kind`` that a checkpoint stores."""
