@@ -13,19 +13,38 @@ Without touching this package: name any importable one as ``package.module:Class
 """
 
 from mxtorq.transforms.base import Transform, TransformMethod
+from mxtorq.transforms.block_matrices import BlockMatrices
+from mxtorq.transforms.chain import Chain
+from mxtorq.transforms.diagonal import Diagonal
 from mxtorq.transforms.hadamard import Hadamard
+from mxtorq.transforms.hires.method import HiRes
+from mxtorq.transforms.kronecker import KroneckerRotation
+from mxtorq.transforms.permutation import Permutation
 from mxtorq.transforms.rotation import BlockRotation, Identity, IdentityMethod
 from mxtorq.transforms.torq.method import TORQ
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
+from mxtorq.transforms.wush import WUSH
 
 METHODS: dict[str, type[TransformMethod]] = {
     "identity": IdentityMethod,
     "hadamard": Hadamard,
     "torq": TORQ,
+    "wush": WUSH,
+    "hires": HiRes,
 }
 """Methods by the name that a recipe, the command line and every table use."""
 
 KINDS: dict[str, type[Transform]] = {
-    kind.kind: kind for kind in (Identity, BlockRotation, TwoLevelRotation)
+    kind.kind: kind
+    for kind in (
+        Identity,
+        BlockRotation,
+        TwoLevelRotation,
+        BlockMatrices,
+        Chain,
+        Diagonal,
+        KroneckerRotation,
+        Permutation,
+    )
 }
 """Transforms by the ``kind`` that a checkpoint stores."""
