@@ -55,33 +55,39 @@ def is_ocp(scale: Scale) -> bool:
 def block_scales(blocks: Float32[Tensor, "*shape 32"], scale: Scale) -> Float32[Tensor, "*shape"]:
     """The scale of each block as a number. NaN where a block holds NaN or Inf.
 
-    With `NonOCPScale.LOG256` it depends on all blocks that are passed in. Blocks of zeros take no
-    part in the range, and equal scales stay as they are; the released code divides 0 by 0 there.
+    With `NonOCPScale.LOG256` it depends on all blocks that are passed in. Blocks of zeros, NaN or
+    Inf take no part in the range, and equal scales are kept as they are: the released code divides
+    0 by 0 there. Zeros under it have the smallest scale in use, or 1 if there is nothing else.
     """
     bits = e8m0.magnitude_bits(blocks).amax(-1)
     if isinstance(scale, ScaleRule):
         return e8m0.decode(e8m0.encode_amax(bits, scale))
     if scale is NonOCPScale.FOUR_THIRDS:
-        return e8m0.decode(e8m0.encode_amax(bits, ScaleRule.FLOOR)) * (4 / 3)
+        # In float64, because 2^-127 * 4/3 is subnormal in float32 and would be rounded twice.
+        return (e8m0.decode(e8m0.encode_amax(bits, ScaleRule.FLOOR)).double() * (4 / 3)).float()
     wanted = (blocks.abs().amax(-1).double() / 6).clamp(min=_TINY).log2()
-    used = wanted[torch.isfinite(wanted) & (bits > 0)]
+    finite = torch.isfinite(wanted)
+    used = wanted[finite & (bits > 0)]
     if not len(used):
-        return torch.ones_like(wanted, dtype=torch.float32)
+        return torch.ones_like(wanted, dtype=torch.float32).masked_fill(~finite, torch.nan)
     low, high = used.min(), used.max()
-    if low == high:
-        return torch.exp2(wanted.clamp(low, high)).float()
-    index = ((_LEVELS - 1) * (wanted - low) / (high - low)).floor().clamp(0, _LEVELS - 1)
-    return torch.exp2(low + (high - low) * index / (_LEVELS - 1)).float()
+    # Divided first: 255 * (high - low) / (high - low) can fall short of 255, and its floor is 254.
+    # An empty range makes 0 / 0 of it, and that is step 0 of 0.
+    part = ((wanted - low) / (high - low)).nan_to_num(0.0)
+    index = ((_LEVELS - 1) * part).floor().clamp(0, _LEVELS - 1)
+    level = torch.exp2(low + (high - low) * (index / (_LEVELS - 1))).float()
+    return level.masked_fill(~finite, torch.nan)
 
 
 def fake_quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> Float[Tensor, "*rows d"]:
     """Values rounded to E2M1 under either kind of scale, in their own dtype.
 
     Raises:
-        FormatError: as `mxfp4.quantize`.
+        FormatError: as `mxfp4.fake_quantize`: the dtype has to be float32 or bfloat16.
     """
     if isinstance(scale, ScaleRule):
         return mxfp4.fake_quantize(values, scale)
+    mxfp4.as_blocks(values, (torch.float32, torch.bfloat16))
     return dequantize(quantize(values, scale)).to(values.dtype)
 
 

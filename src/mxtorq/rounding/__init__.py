@@ -1,6 +1,7 @@
 """From a transformed weight, and maybe a Hessian, to codes.
 
-Lives here: one file a way of rounding; each takes tensors and returns codes with their scales.
+Lives here: one file a way of rounding; each takes tensors and returns codes with their scales. What
+they share is `base`, and `exponents` for scales that are searched.
 Does not live here: modules, or the choice of the transform.
 
 To add one: a frozen dataclass of its options that subclasses `Rounding`, and a line in `ROUNDINGS`.

@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from mxtorq.errors import ModelError
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale, ScaledE2M1
 
@@ -22,7 +24,7 @@ class Rounding(ABC):
         return False
 
     def check(self, scale: Scale) -> None:
-        """Refuse a scale that this rounding cannot work under, before any work.
+        """Refuse a kind of scale that these options cannot serve, before any work.
 
         Raises:
             UsageError: with what would work.
@@ -39,4 +41,26 @@ class Rounding(ABC):
             hessian: gives the second moment [d, d] of the site's transformed inputs, float64. A
                 function, because transforming a Hessian costs more than rounding to nearest does.
             scale: how block scales are chosen.
+
+        Raises:
+            UsageError: as `check`.
+            ModelError: the weight holds NaN or Inf.
+            FormatError: 32 does not divide d.
         """
+
+
+def require_finite(weight: Float32[Tensor, "d_out d"]) -> None:
+    """Refuse a weight that no code stands for.
+
+    Raises:
+        ModelError: it holds NaN or Inf.
+    """
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise ModelError(
+            asked=f"codes for a weight {tuple(weight.shape)}",
+            found=f"{int(bad.sum())} NaN or Inf, the first in row {row}, column {column}",
+            why="E2M1 has neither, and one of them makes its whole block NaN",
+            todo="look for them in the model, then for a transform that is nearly singular",
+        )

@@ -1,16 +1,45 @@
-"""Round to nearest: every weight to the closest code under its block's scale, nothing else."""
+"""Round to nearest: every weight to the closest code under its block's scale.
+
+The Hessian is not asked for. With ``exponents=3`` each block's scale is the best of the rule's
+exponent and its two neighbours by squared error (`exponents`); the error of no block rises, and the
+result is as legal as before. It is what "direct" rows of tables mean, and what every other rounding
+is measured against.
+"""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from jaxtyping import Float32
 from torch import Tensor
 
-from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, quantize
+from mxtorq.formats import e2m1
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks
+from mxtorq.formats.scales import Scale, ScaledE2M1, assemble, quantize
+from mxtorq.rounding.base import Rounding, require_finite
+from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 
 
-def round_to_nearest(
-    weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], rule: ScaleRule
-) -> MXFP4:
-    """`formats.mxfp4.quantize`; the Hessian is not asked for."""
-    return quantize(weight, rule)
+@dataclass(frozen=True, kw_only=True)
+class RTN(Rounding):
+    """Each weight for itself."""
+
+    exponents: int = 1
+    """Exponents that are tried for a block: 1 (the rule's) or 3 (its neighbours too)."""
+
+    def __post_init__(self) -> None:
+        require_exponents(self.exponents)
+
+    def check(self, scale: Scale) -> None:
+        require_scale(self.exponents, scale)
+
+    def round(
+        self, weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], scale: Scale
+    ) -> MXFP4 | ScaledE2M1:
+        self.check(scale)
+        require_finite(weight)
+        if self.exponents == 1:
+            return quantize(weight, scale)
+        blocks = as_blocks(weight)
+        scales = choose_scales(blocks, scale, self.exponents)
+        codes = e2m1.encode(blocks / scales[:, None])
+        return assemble(codes.view_as(weight), scales.view(len(weight), -1), scale)
