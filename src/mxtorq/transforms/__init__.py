@@ -13,19 +13,26 @@ Without touching this package: name any importable one as ``package.module:Class
 """
 
 from mxtorq.transforms.base import Transform, TransformMethod
+from mxtorq.transforms.brq import BRQ
 from mxtorq.transforms.hadamard import Hadamard
+from mxtorq.transforms.kronecker import KroneckerRotation
+from mxtorq.transforms.quarot import QuaRot
 from mxtorq.transforms.rotation import BlockRotation, Identity, IdentityMethod
+from mxtorq.transforms.spinquant import SpinQuant
 from mxtorq.transforms.torq.method import TORQ
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
 METHODS: dict[str, type[TransformMethod]] = {
     "identity": IdentityMethod,
     "hadamard": Hadamard,
+    "quarot": QuaRot,
+    "brq": BRQ,
+    "spinquant": SpinQuant,
     "torq": TORQ,
 }
 """Methods by the name that a recipe, the command line and every table use."""
 
 KINDS: dict[str, type[Transform]] = {
-    kind.kind: kind for kind in (Identity, BlockRotation, TwoLevelRotation)
+    kind.kind: kind for kind in (Identity, BlockRotation, KroneckerRotation, TwoLevelRotation)
 }
 """Transforms by the ``kind`` that a checkpoint stores."""
