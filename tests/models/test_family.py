@@ -48,6 +48,33 @@ def test_linears_of_a_site_really_share_their_input(name: str) -> None:
         assert all((first == other).all() for other in others)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_residual_stream_is_read_and_written_where_it_says(name: str) -> None:
+    """What a layer adds to its input is the sum of the writers' outputs, and the input of each
+    reader is its norm's output; the other sites read something else."""
+    family, seen = FAMILIES[name], {}
+    model = tiny_models.build(name)
+    layer = model.get_submodule(f"{family.layers}.1")
+    hooks = {
+        path: layer.get_submodule(path) for site in family.sites for path in (site.source,)
+    } | {path: layer.get_submodule(path) for path in family.residual_writers}
+    for path, module in hooks.items():
+        module.register_forward_hook(lambda m, args, out, path=path: seen.update({path: out}))
+    readers = {site.name: layer.get_submodule(site.linears[0]) for site in family.sites}
+    for path, module in readers.items():
+        module.register_forward_pre_hook(lambda m, args, path=path: seen.update({path: args[0]}))
+    layer.register_forward_hook(lambda m, args, out: seen.update({"in": args[0], "out": out}))
+    model(input_ids=tiny_models.tokens(1, 5))
+    written = seen["in"]
+    for path in family.residual_writers:
+        written = written + seen[path]
+    assert (written == seen["out"]).all()
+    for site in family.sites:
+        read = seen[site.name]
+        assert site.reads_residual == (read is seen[site.source])
+    assert family.site(SiteName.O_IN).linears == family.residual_writers[:1]
+
+
 def test_every_family_has_a_tiny_model() -> None:
     assert FAMILIES.keys() == tiny_models.CONFIGS.keys()
 

@@ -2,7 +2,11 @@
 
 A *site* is an input that several linears share and that is transformed and quantized once. Each
 decoder layer of the families here has four: qkv, o, gate/up and down. Embeddings, norms and the
-head stay as they are.
+head are never quantized.
+
+The *residual stream* is written by the embedding and by a layer's ``residual_writers``; it is read
+by the sites with ``reads_residual``, each through the norm that is its source, and by the head
+through the final norm. That is all a merged rotation of the stream has to know.
 """
 
 from collections.abc import Mapping
@@ -32,6 +36,8 @@ class Site:
     source: str
     """The norm or linear whose output channels are this input's channels: scaling a channel there
     and unscaling the columns of ``linears`` keeps the function."""
+    reads_residual: bool = False
+    """The input is the residual stream behind an RMSNorm, and ``source`` is that norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,12 @@ class Family:
     final_norm: str
     head: str
     sites: tuple[Site, ...]
+    residual_writers: tuple[str, ...]
+    """The linears of a layer whose outputs are added to the residual stream."""
+
+    def site(self, name: SiteName) -> Site:
+        """The site called ``name``."""
+        return next(site for site in self.sites if site.name == name)
 
     def site_name(self, layer: int, site: Site) -> str:
         """The full name of a site: ``model.layers.3.down_in``."""
@@ -65,16 +77,21 @@ GATED_DECODER_SITES = (
         name=SiteName.QKV_IN,
         linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         source="input_layernorm",
+        reads_residual=True,
     ),
     Site(name=SiteName.O_IN, linears=("self_attn.o_proj",), source="self_attn.v_proj"),
     Site(
         name=SiteName.GATE_UP_IN,
         linears=("mlp.gate_proj", "mlp.up_proj"),
         source="post_attention_layernorm",
+        reads_residual=True,
     ),
     Site(name=SiteName.DOWN_IN, linears=("mlp.down_proj",), source="mlp.up_proj"),
 )
 """Pre-norm attention and a gated MLP, with the module names that Llama gave them."""
+
+GATED_DECODER_WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+"""What such a layer adds to the residual stream."""
 
 
 def find_family(config: Mapping[str, object], families: Mapping[str, Family]) -> Family:

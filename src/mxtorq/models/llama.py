@@ -1,6 +1,6 @@
 """Llama 2, 3, 3.1 and 3.2: RMSNorm, grouped-query attention, gated SiLU MLP."""
 
-from mxtorq.models.family import GATED_DECODER_SITES, Family
+from mxtorq.models.family import GATED_DECODER_SITES, GATED_DECODER_WRITERS, Family
 
 LLAMA = Family(
     name="llama",
@@ -12,4 +12,5 @@ LLAMA = Family(
     final_norm="model.norm",
     head="lm_head",
     sites=GATED_DECODER_SITES,
+    residual_writers=GATED_DECODER_WRITERS,
 )

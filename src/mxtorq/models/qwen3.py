@@ -3,7 +3,7 @@
 The extra norms (``q_norm``, ``k_norm``) sit behind the projections and are no site's source.
 """
 
-from mxtorq.models.family import GATED_DECODER_SITES, Family
+from mxtorq.models.family import GATED_DECODER_SITES, GATED_DECODER_WRITERS, Family
 
 QWEN3 = Family(
     name="qwen3",
@@ -15,4 +15,5 @@ QWEN3 = Family(
     final_norm="model.norm",
     head="lm_head",
     sites=GATED_DECODER_SITES,
+    residual_writers=GATED_DECODER_WRITERS,
 )
