@@ -89,7 +89,7 @@ def test_a_user_s_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("torc", "did you mean 'torq'"),
         ("", "the method ''"),
-        ("torq:level=inter", "did you mean 'levels='"),
+        ("torq:level=inter", "did you mean 'levels'"),
         ("torq:levels", "did you mean 'levels='"),
         ("torq:levels=outer", "both, inter, intra"),
         ("torq:rounds=many", "expected: int"),

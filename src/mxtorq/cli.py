@@ -22,6 +22,7 @@ from mxtorq.console import (
     report_written,
     require_writable,
     resumed,
+    signed,
     speaking,
     write_record,
 )
@@ -227,7 +228,7 @@ def evaluate(
             results = pipeline.evaluate(
                 model, plan, outliers=outliers, seed=seed or 0, device=device, progress=progress
             )
-        report_results(results, json_path, f"Perplexity of {model}")
+        report_results(signed(results), json_path, f"Perplexity of {model}")
 
 
 @app.command(
@@ -269,8 +270,8 @@ def compare(
 
         read = [read_settings(path) for path in recipe or []]
         bases = [settings for settings, _ in read]
-        names = methods.split(",") if methods or bases else DEFAULT_METHODS.split(",")
-        bases += [{"method": name} for name in names if name]
+        names = methods or ("" if bases else DEFAULT_METHODS)
+        bases += [{"method": name} for name in names.split(",") if name]
         recipes = [
             recipe_from({**base, **shared, **choice})
             for choice in _product(lists)
@@ -432,9 +433,9 @@ def _compare(
             device=device,
             progress=progress,
             done=done,
-            save=lambda so_far: keep_record(json_path, so_far),
+            save=lambda so_far: keep_record(json_path, so_far, done),
         )
-    report_results(results, json_path, title, markdown)
+    report_results(signed(results, done), json_path, title, markdown)
 
 
 if __name__ == "__main__":

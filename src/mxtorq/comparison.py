@@ -55,8 +55,8 @@ def compare(
     now = versions()
 
     def record() -> Results:
-        # Rows that this run was not asked for stay: nothing that took hours is dropped.
-        return Results(rows=(*rows, *(row for row in earlier if row not in rows)), versions=now)
+        # Earlier rows stay, asked for or not: nothing that took hours is dropped.
+        return Results(rows=(*earlier, *(row for row in rows if row not in earlier)), versions=now)
 
     if done is not None and done.versions != now:
         raise UsageError(
@@ -78,7 +78,7 @@ def compare(
             require_fit(source.model, source.family, recipe.allow_unfit)
         progress("load", 1, 2)
         windows = windows or evaluation_data(source, plan)
-        identity = {
+        identity: dict[str, object] = {
             "model": model,
             "weights_sha256": source.fingerprint(),
             "evaluation": windows.record(),

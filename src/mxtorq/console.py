@@ -30,7 +30,7 @@ from mxtorq.reports.schema import Results
 
 OUT = Console()
 _ERR = Console(stderr=True)
-_NARROWEST = 150
+_PAGE = 300
 """Columns of a table that goes into a file: fewer would cut figures."""
 _LOG_SECONDS = 30
 
@@ -141,10 +141,10 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
     return Results.from_json(path.read_text(encoding="utf-8"))
 
 
-def keep_record(path: Path | None, results: Results) -> None:
+def keep_record(path: Path | None, results: Results, done: Results | None) -> None:
     """Write the rows that are finished so far. Raises `OutputError`."""
     if path is not None:
-        _write(path, _signed(results).to_json())
+        _write(path, signed(results, done).to_json())
 
 
 def write_record(path: Path | None, text: str) -> None:
@@ -158,15 +158,17 @@ def report_results(
     results: Results, json_path: Path | None, title: str, markdown_path: Path | None = None
 ) -> None:
     """Print a table of results and write the records where they were asked for."""
-    results = _signed(results)
-    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
-    wide.print(terminal(results, escape(title)))
+    wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
+    wide.print(terminal(results, escape(title), width))
     write_record(json_path, results.to_json())
     write_record(markdown_path, markdown(results))
 
 
-def _signed(results: Results) -> Results:
-    return replace(results, command=shlex.join(["mxtorq", *sys.argv[1:]]))
+def signed(results: Results, done: Results | None = None) -> Results:
+    """Results with the command line behind them, after those of the record that they go on with."""
+    command = shlex.join(["mxtorq", *sys.argv[1:]])
+    earlier = done.command.splitlines() if done is not None else []
+    return replace(results, command="\n".join(dict.fromkeys([*earlier, command])))
 
 
 def _write(path: Path, text: str) -> None:
@@ -193,5 +195,5 @@ def report_written(path: Path, manifest: Manifest) -> None:
 def report_contents(path: Path, manifest: Manifest) -> None:
     """Say what a checkpoint is, site by site."""
     OUT.print(checkpoint_facts(manifest, str(path)))
-    wide = OUT if OUT.is_terminal else Console(width=max(_NARROWEST, OUT.width))
+    wide = OUT if OUT.is_terminal else Console(width=_PAGE)
     wide.print(checkpoint_sites(manifest))

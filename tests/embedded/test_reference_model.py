@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mxtorq import pipeline
+from mxtorq.comparison import compare
 from mxtorq.config import EvaluationPlan, Recipe, parse_method
 from mxtorq.loading.source import REFERENCE, load_source
 
@@ -45,7 +46,7 @@ def test_outliers_change_no_bit_of_the_baseline_and_hurt_direct_rounding() -> No
             Recipe(method=parse_method(m), calibration_tokens=2048, outliers=outliers)
             for m in ("identity", "hadamard")
         ]
-        results = pipeline.compare(REFERENCE, recipes, plan, device="cpu")
+        results = compare(REFERENCE, recipes, plan, device="cpu")
         rows.update({(outliers, row.method): row.perplexity for row in results.rows})
     assert rows[None, "bf16"] == rows["qwen3-0.6b", "bf16"]
     assert rows[None, "bf16"] < 100  # a uniform guess would be 4096

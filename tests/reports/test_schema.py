@@ -126,7 +126,17 @@ def test_renderings_hold_every_cell() -> None:
     for text in (console.export_text(), markdown(RESULTS)):
         for line in cells(RESULTS):
             assert all(cell in text for cell in line)
-    assert markdown(RESULTS).startswith("`mxtorq compare`")
+    assert markdown(RESULTS).startswith("    mxtorq compare\n")
+
+
+def test_a_narrow_terminal_loses_columns_and_cuts_no_figure() -> None:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(terminal(RESULTS, "title", 80))
+    text = console.export_text()
+    assert "Left out for want of width: search s, bytes" in text
+    assert "…" not in text
+    for line in cells(RESULTS):
+        assert all(cell in text for cell in line[:6])
 
 
 def test_sqnr() -> None:

@@ -28,6 +28,7 @@ _COLUMNS = (
     "total s",
 )
 _TEXT_COLUMNS = 4
+_GIVEN_UP_FIRST = ("search s", "bytes", "total s", "MACs", "SQNR", "KL")
 _PARTS = {
     True: "OCP MXFP4",
     False: "Not OCP: scales that no hardware has, shown to explain published numbers",
@@ -65,7 +66,7 @@ def cells(results: Results) -> list[list[str]]:
 def markdown(results: Results) -> str:
     """The tables in Markdown, with the command that made them and what a reader must know."""
     rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_COLUMNS) - _TEXT_COLUMNS)
-    pages = [f"`{results.command}`"]
+    pages = ["\n".join(f"    {line}" for line in results.command.splitlines())]
     for title, part in parts(results):
         lines = [_COLUMNS, rule, *cells(part)]
         pages += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
@@ -73,26 +74,48 @@ def markdown(results: Results) -> str:
     return "\n\n".join(pages) + "\n"
 
 
-def terminal(results: Results, title: str) -> Table:
+def terminal(results: Results, title: str, width: int | None = None) -> Table:
     """The table for a terminal; a rule separates groups of different outliers and the part under
-    scales outside of the format."""
+    scales outside of the format.
+
+    Columns that do not fit into ``width`` characters are left out, and the caption says so: a
+    figure that is cut is worse than one that is not there.
+    """
+    every = [line for _, part in parts(results) for line in cells(part)]
+    shown, dropped = _fitting(every, width)
+    notes = [footnote(results)]
+    if dropped:
+        notes.append(f"Left out for want of width: {', '.join(dropped)}. --json has everything.")
     table = Table(
-        title=title, title_justify="left", caption=footnote(results), caption_justify="left"
+        title=title, title_justify="left", caption="\n".join(notes), caption_justify="left"
     )
-    for index, column in enumerate(_COLUMNS):
+    for index in shown:
         side: Literal["left", "right"] = "left" if index < _TEXT_COLUMNS else "right"
-        table.add_column(column, justify=side, no_wrap=True)
+        table.add_column(_COLUMNS[index], justify=side, no_wrap=True)
     for at, (heading, part) in enumerate(parts(results)):
         if at:
             table.add_section()
-            table.add_row(f"[italic]{heading}[/italic]")
+            table.add_row(f"[italic]{heading.partition(':')[0]}[/italic]")
         groups = _groups(part)
         for index, (group, line) in enumerate(zip(groups, cells(part), strict=True)):
             following = groups[index + 1 : index + 2]
             ends = bool(following) and following[0][0].outliers != group[0].outliers
             style = "bold" if group[0].rounding is None else None
-            table.add_row(*line, style=style, end_section=ends)
+            table.add_row(*(line[i] for i in shown), style=style, end_section=ends)
     return table
+
+
+def _fitting(lines: list[list[str]], width: int | None) -> tuple[list[int], list[str]]:
+    """The columns that fit, and the names of those that were given up, least telling first."""
+    widths = [max(len(line[i]) for line in (list(_COLUMNS), *lines)) for i in range(len(_COLUMNS))]
+    shown = list(range(len(_COLUMNS)))
+    dropped: list[str] = []
+    for name in _GIVEN_UP_FIRST:
+        if width is None or sum(widths[i] + 3 for i in shown) + 1 <= width:
+            break
+        shown.remove(_COLUMNS.index(name))
+        dropped.append(name)
+    return shown, dropped
 
 
 def footnote(results: Results) -> str:

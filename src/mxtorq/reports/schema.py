@@ -61,7 +61,7 @@ class Results:
     rows: tuple[Row, ...]
     versions: dict[str, str]
     command: str = ""
-    """The command line behind the rows; empty when they came from Python."""
+    """The command lines behind the rows, one a line; empty when they came from Python."""
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1) + "\n"

@@ -46,6 +46,9 @@ METHODS: dict[str, type[TransformMethod]] = {
 """Methods by the name that a recipe, the command line and every table use."""
 
 KINDS: dict[str, type[Transform]] = {
-    kind.kind: kind for kind in (Identity, TwoLevelRotation, Chain, *LINKS.values())
+    Identity.kind: Identity,
+    TwoLevelRotation.kind: TwoLevelRotation,
+    Chain.kind: Chain,
+    **LINKS,
 }
 """Transforms by the ``kind`` that a checkpoint stores."""

@@ -48,7 +48,8 @@ class BlockMatrices(Transform):
         blocks, size, _ = self.matrices.shape
         # W' = W T^-T, block by block: T W'^T = W^T.
         columns = weight.T.reshape(blocks, size, -1)
-        return torch.linalg.solve(self.matrices, columns).reshape(self.width, -1).T
+        solved: Tensor = torch.linalg.solve(self.matrices, columns)
+        return solved.reshape(self.width, -1).T
 
     @property
     def multiply_adds(self) -> int:
