@@ -37,11 +37,13 @@ LEVELS = {
     "specs": 1,
     "config": 6,
     "console": 7,
-    "pipeline": 7,
-    "comparison": 8,
-    "cli": 9,
-    "__main__": 10,
-    "__init__": 10,
+    "options": 7,
+    "quantization": 7,
+    "pipeline": 8,
+    "comparison": 9,
+    "cli": 10,
+    "__main__": 11,
+    "__init__": 11,
 }
 
 

@@ -27,6 +27,33 @@ from mxtorq.console import (
     write_record,
 )
 from mxtorq.errors import UsageError
+from mxtorq.options import (
+    MODEL_HELP,
+    Calibration,
+    CalibrationTokens,
+    Device,
+    EvalTokens,
+    Json,
+    ManifestJson,
+    Markdown,
+    Method,
+    Methods,
+    Outliers,
+    OutliersList,
+    RecipeFile,
+    RecipeFiles,
+    RecordJson,
+    Resume,
+    Rounding,
+    Roundings,
+    Rule,
+    Rules,
+    Seed,
+    Seeds,
+    Seqlen,
+    Text,
+    Unfit,
+)
 
 if TYPE_CHECKING:
     from mxtorq.config import EvaluationPlan, Recipe
@@ -44,104 +71,6 @@ DEFAULT_METHODS = "identity,hadamard,torq"
 DEMO_METHODS = "identity,hadamard,torq,torq:levels=inter,torq:levels=intra"
 DEMO_OUTLIERS = "qwen3-0.6b"
 
-_MODEL = "A folder, a hub id, or [bold]reference[/bold]."
-_METHOD = (
-    "How inputs are transformed: identity (direct), hadamard, torq, duquant++, wush, quarot, ..., "
-    "with options as [bold]torq:levels=inter[/bold], or your own as package.module:Class."
-)
-_ROUNDING = "How weights are rounded: rtn, gptq, with options as [bold]gptq:order=backward[/bold]."
-_RULE = (
-    "The scale rule of weights and activations; floor is OCP's. compare also takes log256 and "
-    "four-thirds, which no hardware has."
-)
-_TEXT_HELP = "FILE (plain text, or .jsonl with a text field), stdlib, wikitext2, or wikitext2:FILE."
-_RECIPE = "A TOML file with these settings; options given here take precedence."
-_OUTLIERS = "Rescale channels exactly to that LLM's activation profile first (for small models)."
-
-# None means: not given, so that the recipe file or the default of `Recipe` decides.
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help=_RECIPE)]
-RecipeFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--recipe", metavar="FILE", help=f"{_RECIPE} Repeat it to compare recipes."),
-]
-Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} [default: torq]")]
-Methods = Annotated[
-    str | None, typer.Option("--methods", help="Comma-separated; each as in quantize --method.")
-]
-Rounding = Annotated[str | None, typer.Option("--rounding", help=f"{_ROUNDING} [default: rtn]")]
-Roundings = Annotated[
-    str | None, typer.Option("--roundings", help=f"Comma-separated. {_ROUNDING} [default: rtn]")
-]
-_RULES = "floor|even|rceil|ceil|floor6|uos"
-Rule = Annotated[
-    str | None,
-    typer.Option("--scale-rule", metavar=_RULES, help=f"{_RULE} [default: floor]"),
-]
-Rules = Annotated[
-    str | None, typer.Option("--scale-rules", help=f"Comma-separated. {_RULE} [default: floor]")
-]
-Calibration = Annotated[
-    str | None,
-    typer.Option("--calibration", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]"),
-]
-CalibrationTokens = Annotated[
-    int | None,
-    typer.Option(
-        "--calibration-tokens",
-        help="Tokens to calibrate on, in whole windows. [default: 65536]",
-    ),
-]
-Text = Annotated[
-    str | None, typer.Option("--text", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]")
-]
-EvalTokens = Annotated[
-    int | None,
-    typer.Option("--eval-tokens", help="Tokens to evaluate on. [default: the whole text]"),
-]
-Seqlen = Annotated[
-    int | None,
-    typer.Option("--seqlen", help="Window length. [default: 2048, or the model's limit if less]"),
-]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", help="Of calibration, fitting and outlier placement. [default: 0]"),
-]
-Seeds = Annotated[
-    str | None,
-    typer.Option("--seeds", help="Comma-separated; the table gives mean and spread. [default: 0]"),
-]
-Outliers = Annotated[
-    str | None,
-    typer.Option("--outliers", metavar="llama-3.2-1b|qwen3-0.6b", help=_OUTLIERS),
-]
-OutliersList = Annotated[
-    str | None,
-    typer.Option(
-        "--outliers", metavar="none,llama-3.2-1b,...", help=f"Comma-separated. {_OUTLIERS}"
-    ),
-]
-Unfit = Annotated[
-    bool | None,
-    typer.Option("--allow-unfit", help="Keep sites of a width that 32 does not divide in BF16."),
-]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes an accelerator.")]
-Json = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Also write the results as JSON.")
-]
-RecordJson = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="PATH", help="Write the results as JSON, row by row."),
-]
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with the record at --json instead of refusing it.")
-]
-Markdown = Annotated[
-    Path | None, typer.Option("--markdown", metavar="PATH", help="Also write the table there.")
-]
-ManifestJson = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
-]
-
 
 @app.command(
     epilog="Examples:\n\n"
@@ -152,7 +81,7 @@ ManifestJson = Annotated[
 )
 def quantize(
     paths: Annotated[
-        list[str], typer.Argument(metavar="[MODEL] OUT", help=f"{_MODEL} OUT must not exist.")
+        list[str], typer.Argument(metavar="[MODEL] OUT", help=f"{MODEL_HELP} OUT must not exist.")
     ],
     recipe: RecipeFile = None,
     method: Method = None,
@@ -207,7 +136,7 @@ def quantize(
 )
 def evaluate(
     model: Annotated[
-        str, typer.Argument(help=f"{_MODEL} Or a checkpoint of mxtorq.")
+        str, typer.Argument(help=f"{MODEL_HELP} Or a checkpoint of mxtorq.")
     ] = "reference",
     text: Text = None,
     eval_tokens: EvalTokens = None,
@@ -239,7 +168,7 @@ def evaluate(
     "  mxtorq compare ./llama --recipe recipes/torq.toml --recipe recipes/duquant++.toml"
 )
 def compare(
-    model: Annotated[str, typer.Argument(help=_MODEL)] = "reference",
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "reference",
     recipe: RecipeFiles = None,
     methods: Methods = None,
     roundings: Roundings = None,

@@ -16,20 +16,13 @@ from mxtorq.config import EvaluationPlan, Recipe, method_name, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.formats.scales import is_ocp
 from mxtorq.loading.source import Source
-from mxtorq.pipeline import (
-    Progress,
-    calibrate,
-    evaluation_data,
-    load_model,
-    measure,
-    quantize_,
-    silent,
-    versions,
-)
+from mxtorq.pipeline import calibrate, evaluation_data, load_model, measure, silent, versions
+from mxtorq.quantization import Progress, quantize_
 from mxtorq.reports.schema import Results, Row
 from mxtorq.specs import options_of
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
+from mxtorq.surgery.outliers import add_outliers_
 
 
 def compare(
@@ -72,7 +65,10 @@ def compare(
     for outliers, seed in dict.fromkeys((r.outliers, r.seed) for r in recipes):
         group = [r for r in recipes if (r.outliers, r.seed) == (outliers, seed)]
         progress("load", 0, 2)
-        source = load_model(model, outliers, seed, device)
+        source = load_model(model, None, seed, device)
+        weights = source.fingerprint()
+        if outliers is not None:
+            add_outliers_(source.model, source.family, outliers, seed)
         for recipe in recipes:
             recipe.method.check(network_shape(source.model, source.family))
             require_fit(source.model, source.family, recipe.allow_unfit)
@@ -80,7 +76,7 @@ def compare(
         windows = windows or evaluation_data(source, plan)
         identity: dict[str, object] = {
             "model": model,
-            "weights_sha256": source.fingerprint(),
+            "weights_sha256": weights,
             "evaluation": windows.record(),
         }
         progress("load", 2, 2)
@@ -141,7 +137,7 @@ def _found(rows: list[Row], wanted: dict[str, object], outliers: str | None) -> 
     """
     for row in rows:
         found = {key: row.provenance.get(key) for key in wanted}
-        for key in ("model", "evaluation"):
+        for key in ("model", "weights_sha256", "evaluation"):
             if found[key] != wanted[key]:
                 raise UsageError(
                     asked=f"to go on with an earlier comparison on {wanted[key]}",

@@ -5,34 +5,22 @@
 
 `comparison.compare` puts many recipes into one table with the same chapters.
 
+What happens inside of a model, layer by layer, stands in `quantization`.
+
 Each step is a function from values to values; the order below is the order in which things happen
 to a model. Progress is a callback. Randomness comes from the recipe's seed alone.
 """
 
 import platform
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
 
-from mxtorq.calibration.capture import (
-    LayerInput,
-    advance_,
-    capture_hessians,
-    capture_sites,
-    first_layer_inputs,
-    reader_weights,
-)
 from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
 from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
 from mxtorq.errors import UsageError
-from mxtorq.evaluation.fidelity import output_error
 from mxtorq.evaluation.perplexity import perplexity
 from mxtorq.export.checkpoint import (
     is_checkpoint,
@@ -40,54 +28,20 @@ from mxtorq.export.checkpoint import (
     require_absent,
     write_manifest,
 )
-from mxtorq.export.manifest import Manifest, SiteEntry
-from mxtorq.formats.scales import Scale, fake_quantize
+from mxtorq.export.manifest import Manifest
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source, load_source, pick_device
 from mxtorq.loading.writer import verify, write_model
-from mxtorq.models.family import Family, Site
+from mxtorq.quantization import Progress, Quantized, quantize_
 from mxtorq.reports.schema import Results, Row
-from mxtorq.surgery.fuse import quantize_site_, require_fit
-from mxtorq.surgery.linear import fused_weight, linear_at
-from mxtorq.surgery.network import network, network_shape
-from mxtorq.surgery.offline import apply_offline_, round_kept_
+from mxtorq.surgery.network import network_shape
 from mxtorq.surgery.outliers import add_outliers_
-from mxtorq.surgery.rescale import is_norm, merge_diagonal_
-from mxtorq.transforms.base import OfflineRotations, SiteStatistics, Transform
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, steps done, steps in all)."""
 
 DEFAULT_SEQLEN = 2048
 
 
 def silent(stage: str, done: int, total: int) -> None:
     """A progress callback that says nothing."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Quantized:
-    """What `quantize_` did to a model."""
-
-    transforms: dict[str, Transform]
-    """By site."""
-    sites: list[SiteEntry]
-    unfit: dict[str, int]
-    search_seconds: float
-    """Time in which the method chose its transforms."""
-
-
-class Stopwatch:
-    """Sums up the time spent inside of its ``with`` blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *raised: object) -> None:
-        self.seconds += time.perf_counter() - self._started
 
 
 def quantize(
@@ -228,136 +182,6 @@ def window_length(source: Source, asked: int | None) -> int:
     return asked
 
 
-def quantize_(
-    source: Source, windows: Int64[Tensor, "n seqlen"], recipe: Recipe, progress: Progress
-) -> Quantized:
-    """Quantize a model in place, layer by layer: the quantized layer's output feeds the next."""
-    model, family = source.model, source.family
-    unfit = require_fit(model, family, recipe.allow_unfit)
-    searching = Stopwatch()
-    with searching:
-        rotate_(source, windows, recipe, unfit, progress)
-    layers = list(model.get_submodule(family.layers).children())
-    progress("quantize", 0, len(layers))
-    inputs = first_layer_inputs(model, family, windows)
-    transforms: dict[str, Transform] = {}
-    entries: list[SiteEntry] = []
-    for index, layer in enumerate(layers):
-        sites = {family.site_name(index, site): site for site in family.sites}
-        sites = {name: site for name, site in sites.items() if name not in unfit}
-        statistics = capture_sites(layer, sites, inputs, recipe.seed)
-        with searching:
-            fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
-        fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
-        hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
-        for name, site in sites.items():
-            error = round_site_(layer, site, fitted[name], hessians[name], statistics[name], recipe)
-            entries.append(_site_entry(family, index, site, fitted[name], error))
-        transforms |= fitted
-        advance_(layer, inputs)
-        progress("quantize", index + 1, len(layers))
-    return Quantized(
-        transforms=transforms, sites=entries, unfit=unfit, search_seconds=searching.seconds
-    )
-
-
-def rotate_(
-    source: Source,
-    windows: Int64[Tensor, "n seqlen"],
-    recipe: Recipe,
-    unfit: Mapping[str, int],
-    progress: Progress,
-) -> None:
-    """Merge the method's rotations of the whole model into its weights, if it has any."""
-    model, family = source.model, source.family
-    whole = replace(
-        network(model, family, windows),
-        progress=lambda done, total: progress("rotate", done, total),
-    )
-    rotations = recipe.method.rotations(whole, recipe.seed)
-    if rotations == OfflineRotations():
-        return
-    apply_offline_(model, family, rotations)
-    sites = [
-        (index, site)
-        for index in range(whole.shape.layers)
-        for site in family.sites
-        if family.site_name(index, site) not in unfit
-    ]
-    round_kept_(
-        model, {family.linear_name(index, path) for index, site in sites for path in site.linears}
-    )
-
-
-def merge_diagonals_(
-    layer: torch.nn.Module,
-    sites: Mapping[str, Site],
-    fitted: Mapping[str, Transform],
-    statistics: Mapping[str, SiteStatistics],
-) -> tuple[dict[str, Transform], dict[str, SiteStatistics]]:
-    """Merge what can be merged; returns what is left online, and statistics that fit it.
-
-    All sites come before any is rounded: the factors of o_in and down_in change rows of v_proj and
-    up_proj, which other sites read. A matrix that stays in BF16 is left alone.
-    """
-    rest, seen = dict(fitted), dict(statistics)
-    quantized = {path for site in sites.values() for path in site.linears}
-    for name, site in sites.items():
-        if site.source in quantized or is_norm(layer, site.source):
-            rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
-            if factors is not None:
-                seen[name] = statistics[name].rescaled(factors)
-    rest = {name: part.to(statistics[name].hessian.device) for name, part in rest.items()}
-    return rest, {
-        name: replace(seen[name], weights=reader_weights(layer, site))
-        for name, site in sites.items()
-    }
-
-
-def rounding_hessians(
-    layer: torch.nn.Module,
-    sites: dict[str, Site],
-    inputs: list[LayerInput],
-    transforms: Mapping[str, Transform],
-    statistics: Mapping[str, SiteStatistics],
-    recipe: Recipe,
-) -> dict[str, Callable[[], Tensor]]:
-    """What gives a rounding the Hessian of each site's transformed inputs, when it asks."""
-    if recipe.rounding.sees_rounded_inputs:
-        through = {
-            name: partial(_through, transform, recipe.scale_rule)
-            for name, transform in transforms.items()
-        }
-        rounded = capture_hessians(layer, sites, inputs, through)
-        return {name: partial(rounded.__getitem__, name) for name in sites}
-    return {
-        name: partial(_transformed_hessian, transforms[name], statistics[name]) for name in sites
-    }
-
-
-def round_site_(
-    layer: torch.nn.Module,
-    site: Site,
-    transform: Transform,
-    hessian: Callable[[], Tensor],
-    statistics: SiteStatistics,
-    recipe: Recipe,
-) -> float:
-    """Fuse, round and replace the linears of a site; returns the output error on the sample.
-
-    The linears are rounded as one stacked matrix, as GPTQ's Hessian is one for all of them.
-    """
-    originals = {path: linear_at(layer, path) for path in site.linears}
-    fused = [fused_weight(linear, transform).float() for linear in originals.values()]
-    codes = recipe.rounding.round(torch.cat(fused), hessian, recipe.scale_rule)
-    rows = [len(weight) for weight in fused]
-    parts = zip(*(part.split(rows) for part in codes), strict=True)
-    weights = dict(zip(originals, (type(codes)(*part) for part in parts), strict=True))
-    quantize_site_(layer, site, transform, weights, recipe.scale_rule)
-    pairs = ((linear, layer.get_submodule(path)) for path, linear in originals.items())
-    return output_error(statistics.sample, pairs)
-
-
 def describe(
     source: Source,
     quantized: Quantized,
@@ -423,27 +247,3 @@ def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     packages = ("mxtorq", "torch", "transformers", "safetensors", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
-def _site_entry(
-    family: Family, index: int, site: Site, transform: Transform, error: float
-) -> SiteEntry:
-    return SiteEntry(
-        site=family.site_name(index, site),
-        linears=[family.linear_name(index, path) for path in site.linears],
-        width=transform.width,
-        kind=transform.kind,
-        multiply_adds=transform.multiply_adds,
-        extra_bytes=sum(
-            part.numel() * part.element_size() for part in transform.tensors().values()
-        ),
-        output_error=error,
-    )
-
-
-def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
-    return fake_quantize(transform.apply(values.float()), scale)
-
-
-def _transformed_hessian(transform: Transform, statistics: SiteStatistics) -> Tensor:
-    return transform.apply(transform.apply(statistics.hessian).T)

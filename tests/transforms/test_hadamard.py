@@ -64,7 +64,7 @@ def test_all_widths_of_the_families_have_factors(model: str) -> None:
     for width in FAMILY_WIDTHS[model]:
         parts = factors(width)
         assert math.prod(map(len, parts)) == width
-        assert 4 * full_hadamard(width).multiply_adds <= width**2  # far below a dense one
+        assert 3 * full_hadamard(width).multiply_adds <= width**2  # far below a dense one
         for part in parts:
             assert_hadamard(part)
 
@@ -123,10 +123,10 @@ def test_the_method_repeats_one_sylvester_block(size: int) -> None:
 def test_the_method_refuses_widths_that_its_blocks_do_not_divide() -> None:
     assert Hadamard() == Hadamard(size=32)
     Hadamard(size=64).check(shape(qkv_in=64, down_in=192))
-    with pytest.raises(UsageError, match="at down_in") as caught:
+    with pytest.raises(UsageError, match="down_in has 96 features") as caught:
         Hadamard(size=64).check(shape(qkv_in=64, down_in=96))
     assert caught.value.todo == "choose size=32"
-    with pytest.raises(UsageError, match="no power of two"):
+    with pytest.raises(UsageError, match="no smaller block fits"):
         Hadamard(size=64).check(shape(down_in=33))
     for size in (0, 1, 24, -32):
         with pytest.raises(UsageError, match="powers of two"):

@@ -130,7 +130,7 @@ def test_sizes_that_cannot_be_are_refused_at_birth(size: int) -> None:
 def test_widths_that_blocks_do_not_fill_are_refused(clustered: SiteStatistics) -> None:
     sites = MappingProxyType({SiteName.QKV_IN: 128, SiteName.DOWN_IN: 352})
     shape = NetworkShape(hidden=128, heads=2, kv_heads=2, head_dim=64, layers=1, sites=sites)
-    with pytest.raises(UsageError, match=r"down_in has 352(.|\n)*blocks of 32"):
+    with pytest.raises(UsageError, match=r"down_in has 352(.|\n)*size=32"):
         PeRQ(size=64).check(shape)
     PeRQ().check(shape)
     with pytest.raises(UsageError, match="whole blocks"):

@@ -107,7 +107,7 @@ def test_blocks_that_do_not_fit_name_a_size_that_does() -> None:
     BRQ().check(shape(down=11008))
     with pytest.raises(UsageError, match="48 features") as caught:
         BRQ().check(shape(head_dim=48))
-    assert "of a head" in caught.value.asked
+    assert "a head has 48" in caught.value.found
     assert caught.value.todo == "choose size=16"
     BRQ(size=16).check(shape(head_dim=48))
     with pytest.raises(UsageError, match="residual stream"):

@@ -28,7 +28,10 @@ def require_nesting(method: str, block: int) -> None:
 
 
 def require_whole_blocks(
-    method: str, block: int, widths: Mapping[SiteName, int] | Mapping[str, int]
+    method: str,
+    block: int,
+    widths: Mapping[SiteName, int] | Mapping[str, int],
+    option: str = "block",
 ) -> None:
     """Refuse widths that blocks do not fill.
 
@@ -36,15 +39,19 @@ def require_whole_blocks(
         method: who asks, for the message.
         block: features a block.
         widths: the width of each input, by name.
+        option: what the method calls its block size.
 
     Raises:
         UsageError: with the largest divisor of ``block`` that would fit every width.
     """
+    fitting = math.gcd(block, *widths.values())
     unfit = [f"{name} has {width}" for name, width in widths.items() if width % block]
     if unfit:
         raise UsageError(
             asked=f"{method} with blocks of {block} features",
-            found=", ".join(unfit),
+            found=f"{', '.join(unfit)} features",
             why="the features do not divide into whole blocks",
-            todo=f"choose blocks of {math.gcd(block, *widths.values())}",
+            todo=f"choose {option}={fitting}"
+            if fitting > 1
+            else "no smaller block fits either: use `identity` or `torq`",
         )

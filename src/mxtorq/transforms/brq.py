@@ -31,7 +31,8 @@ from mxtorq.transforms.base import (
     SiteStatistics,
     TransformMethod,
 )
-from mxtorq.transforms.hadamard import require_divides, require_power_of_two, sylvester
+from mxtorq.transforms.blocks import require_whole_blocks
+from mxtorq.transforms.hadamard import require_power_of_two, sylvester
 from mxtorq.transforms.quarot import random_signs
 from mxtorq.transforms.rotation import BlockRotation, Identity
 
@@ -50,8 +51,7 @@ class BRQ(TransformMethod):
         places = {"the residual stream": shape.hidden, "a head": shape.head_dim}
         if SiteName.DOWN_IN in shape.sites:
             places["the input of down_proj"] = shape.sites[SiteName.DOWN_IN]
-        for place, width in places.items():
-            require_divides(self.size, width, f"a rotation in blocks of {self.size} of {place}")
+        require_whole_blocks("brq", self.size, places, "size")
 
     def rotations(self, network: Network, seed: int) -> OfflineRotations:
         shape, plain = network.shape, sylvester(self.size)

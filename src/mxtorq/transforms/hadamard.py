@@ -24,6 +24,7 @@ from torch import Tensor
 from mxtorq.errors import UsageError
 from mxtorq.formats.spec import BLOCK
 from mxtorq.transforms.base import NetworkShape, SiteStatistics, TransformMethod
+from mxtorq.transforms.blocks import require_whole_blocks
 from mxtorq.transforms.rotation import BlockRotation
 
 LARGEST_SYLVESTER = 32
@@ -120,8 +121,7 @@ class Hadamard(TransformMethod):
         return BlockRotation(statistics.width, sylvester(self.size))
 
     def check(self, shape: NetworkShape) -> None:
-        for name, width in shape.sites.items():
-            require_divides(self.size, width, f"block-Hadamard-{self.size} at {name}")
+        require_whole_blocks("hadamard", self.size, shape.sites, "size")
 
 
 def require_power_of_two(size: int, asked: str) -> None:
@@ -136,24 +136,6 @@ def require_power_of_two(size: int, asked: str) -> None:
             found=f"size={size}",
             why="the blocks are Sylvester-Hadamard matrices, whose sizes are powers of two",
             todo="choose 16, 32, 64 or 128",
-        )
-
-
-def require_divides(size: int, width: int, asked: str) -> None:
-    """Refuse a width that does not divide into blocks of a power-of-two size.
-
-    Raises:
-        UsageError: with the largest smaller size that works.
-    """
-    if width % size:
-        largest = width & -width
-        raise UsageError(
-            asked=asked,
-            found=f"{width} features",
-            why=f"they do not divide into blocks of {size}",
-            todo=f"choose size={largest}"
-            if largest > 1
-            else "no power of two divides this width: use `identity` or `torq`",
         )
 
 

@@ -68,10 +68,10 @@ class PeRQ(TransformMethod):
         sylvester(self.size)  # refuses what is no power of two
 
     def check(self, shape: NetworkShape) -> None:
-        require_whole_blocks("perq", self.size, shape.sites)
+        require_whole_blocks("perq", self.size, shape.sites, "size")
 
     def fit(self, statistics: SiteStatistics, seed: int) -> Transform:
-        require_whole_blocks("perq", self.size, {statistics.site: statistics.width})
+        require_whole_blocks("perq", self.size, {statistics.site: statistics.width}, "size")
         mass = statistics.sample.double().abs().mean(0)
         order = Permutation(balanced_order(mass, self.size))
         if not self.rotate:

@@ -160,9 +160,9 @@ def test_options_are_checked_at_birth(
 
 
 def test_widths_that_blocks_do_not_fill_are_refused(site: SiteStatistics) -> None:
-    with pytest.raises(UsageError, match=r"down_in has 672(.|\n)*blocks of 32"):
+    with pytest.raises(UsageError, match=r"down_in has 672(.|\n)*block=32"):
         DuQuant().check(shape(qkv_in=256, down_in=672))
-    with pytest.raises(UsageError, match="blocks of 64"):
+    with pytest.raises(UsageError, match="block=64"):
         DuQuantPlusPlus(block=128).check(shape(qkv_in=256, down_in=704))
     DuQuant(block=32).check(shape(qkv_in=256, down_in=672))
     DuQuantPlusPlus().check(shape(qkv_in=256, down_in=672))
@@ -173,5 +173,5 @@ def test_widths_that_blocks_do_not_fill_are_refused(site: SiteStatistics) -> Non
         amax=site.amax[:160],
         weights=tuple(weight[:, :160] for weight in site.weights),
     )
-    with pytest.raises(UsageError, match="blocks of 32"):
+    with pytest.raises(UsageError, match="block=32"):
         DuQuant().fit(narrow, 0)
