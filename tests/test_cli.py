@@ -35,7 +35,9 @@ def test_help_shows_verbs_options_and_examples() -> None:
     shared = ["--method", "--rounding", "--scale-rule", "--calibration", "--calibration-tokens"]
     for option in [*shared, "--seqlen", "--seed", "--outliers", "--allow-unfit"]:
         assert option in run("quantize", "--help").stdout, option
-    for option in ["--methods", *shared[1:], "--text", "--eval-tokens", "--seed", "--json"]:
+    lists = ["--recipe", "--methods", "--roundings", "--scale-rules", "--seeds", "--outliers"]
+    others = ["--calibration", "--calibration-tokens", "--text", "--eval-tokens", "--seqlen"]
+    for option in [*lists, *others, "--json", "--resume", "--markdown", "--allow-unfit"]:
         assert option in run("compare", "--help").stdout, option
 
 
@@ -79,6 +81,64 @@ def test_quantize_inspect_evaluate_compare(
         assert f"{line.perplexity:.4f}" in done.stdout
 
 
+def test_compare_from_recipes_goes_on_with_its_record(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """Recipe files beside methods, options over both; a finished record is refused or gone on with,
+    and the table is written as Markdown."""
+    (tmp_path / "one.toml").write_text(
+        f'method = "hadamard"\nrounding = "gptq"\ncalibration_tokens = 99\nseqlen = 64\n'
+        f'[evaluation]\ntext = "{story}"\neval_tokens = 256\nseqlen = 64\n'
+    )
+    record, table = tmp_path / "record.json", tmp_path / "table.md"
+    common = ("compare", tiny_folders["llama"], "--recipe", tmp_path / "one.toml")
+    common = (*common, "--calibration", story, "--calibration-tokens", 256, "--json", record)
+    done = run(*common)
+    assert done.returncode == 0, done.stderr
+    first = Results.from_json(record.read_text())
+    assert [(r.method, r.rounding, r.seed) for r in first.rows] == [
+        ("bf16", None, None),
+        ("hadamard", "gptq", 0),
+    ]
+    assert first.rows[1].provenance["calibration"]["tokens"] == 256
+    assert first.rows[1].provenance["evaluation"]["tokens"] == 256
+
+    done = run(*common)
+    assert done.returncode == 1
+    assert "--resume" in done.stderr
+    assert Results.from_json(record.read_text()) == first  # nothing was overwritten
+
+    done = run(*common, "--resume", "--seeds", "0,1", "--scale-rules", "floor,log256")
+    assert done.returncode == 0, done.stderr
+    results = Results.from_json(record.read_text())
+    assert results.rows[:2] == first.rows
+    assert [(r.seed, r.scale_rule) for r in results.rows[2:]] == [
+        (0, "log256"),
+        (1, "floor"),
+        (1, "log256"),
+    ]
+    assert len(results.command.splitlines()) == 2
+
+    done = run(*common, "--resume", "--markdown", table)
+    assert done.returncode == 0, done.stderr
+    text = table.read_text()
+    assert "hadamard (2 seeds)" in text
+    assert "no hardware has" in text
+
+
+def test_quantize_from_a_recipe(tiny_folders: dict[str, Path], story: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('method = "wush"\nseed = 5\n[rounding]\nname = "gptq"\norder = "backward"\n')
+    out = tmp_path / "out"
+    options = ("--recipe", recipe, "--calibration", story, *SMALL, "--seed", 7)
+    done = run("quantize", tiny_folders["qwen3"], out, *options)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "mxtorq.json").read_text())
+    assert (manifest["method"], manifest["rounding"]) == ("wush", "gptq:order=backward")
+    assert manifest["seed"] == 7
+    assert run("inspect", out).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -86,7 +146,14 @@ def test_quantize_inspect_evaluate_compare(
         (("quantize", "a", "b", "c"), "[MODEL] OUT"),
         (("quantize", "MODEL", "OUT", "--method", "torc"), "did you mean 'torq'"),
         (("quantize", "MODEL", "OUT", "--scale-rule", "flor"), "did you mean 'floor'"),
-        (("quantize", "MODEL", "OUT", "--rounding", "gptq"), "the rounding 'gptq'"),
+        (("quantize", "MODEL", "OUT", "--rounding", "gptk"), "did you mean 'gptq'"),
+        (("quantize", "MODEL", "OUT", "--rounding", "gptq:order=descending"), "scales=static"),
+        (("quantize", "MODEL", "OUT", "--scale-rule", "log256"), "mxtorq compare"),
+        (("quantize", "MODEL", "OUT", "--method", "brq"), "choose size=16"),
+        (("quantize", "MODEL", "OUT", "--method", "wush:curvature=conditional"), "gptq"),
+        (("quantize", "MODEL", "OUT", "--recipe", "none.toml"), "recipes/"),
+        (("compare", "MODEL", "--seeds", "0,x"), "--seeds 0,1,2"),
+        (("compare", "MODEL", "--resume"), "pass --json"),
         (("quantize", "MODEL", "OUT", "--seqlen", "4096"), "--seqlen 128 or less"),
         (("quantize", "MODEL", "OUT", "--calibration", "none.txt"), "FileNotFoundError"),
         (("quantize", "MODEL", "MODEL"), "nothing is overwritten"),
@@ -144,14 +211,14 @@ def test_demo_shows_every_method_without_and_with_outliers(tmp_path: Path) -> No
     record = tmp_path / "demo.json"
     done = run(
         "demo",
-        *("--methods", "identity,torq:levels=inter", "--json", record, "--out", tmp_path / "kept"),
+        *("--methods", "hadamard,wush", "--json", record, "--out", tmp_path / "kept"),
         *("--calibration-tokens", 2048, "--eval-tokens", 2048),
     )
     assert done.returncode == 0, done.stderr
     rows = Results.from_json(record.read_text()).rows
-    methods = ["bf16", "identity", "torq:levels=inter"]
-    assert [row.method for row in rows] == methods * 2
-    assert [row.outliers for row in rows] == [None] * 3 + ["qwen3-0.6b"] * 3
-    assert "Not a measurement of that LLM" in done.stdout
+    made = [("bf16", None), ("identity", "rtn"), ("hadamard", "gptq"), ("wush", "gptq")]
+    assert [(row.method, row.rounding) for row in rows] == made * 2
+    assert [row.outliers for row in rows] == [None] * 4 + ["qwen3-0.6b"] * 4
+    assert "Not a measurement of that LLM" in " ".join(done.stdout.split())  # lines are wrapped
     assert "bit for bit" in done.stdout
     assert run("inspect", tmp_path / "kept").returncode == 0

@@ -126,6 +126,17 @@ def test_recipes_are_validated(wrong: dict[str, int]) -> None:
         Recipe(method=TORQ(), **wrong)
 
 
+def test_a_method_that_counts_on_gptq_is_refused_without_it() -> None:
+    conditional = parse_method("wush:curvature=conditional")
+    with pytest.raises(UsageError, match="rounding gptq"):
+        Recipe(method=conditional)
+    assert Recipe(method=conditional, rounding=GPTQ()).rounding == GPTQ()
+    with pytest.raises(UsageError, match="exponents"):
+        Recipe(
+            method=TORQ(), rounding=parse_rounding("rtn:exponents=3"), scale_rule=NonOCPScale.LOG256
+        )
+
+
 def test_what_no_hardware_has_is_not_written() -> None:
     require_ocp(Recipe(method=TORQ()))
     for scale in NonOCPScale:

@@ -30,8 +30,15 @@ from mxtorq.loading.checkpoint import build_model, load
 from mxtorq.models import FAMILIES
 from mxtorq.quantization import quantize_
 from mxtorq.surgery.linear import MXFP4Linear, fused_weight
+from mxtorq.transforms import METHODS as ALL
 
-METHODS = ["identity", "hadamard", "torq", "quarot", "duquant++:steps=8", "wush", "perq"]
+METHODS = [
+    *(name for name in ALL if name not in ("duquant++", "duquant", "brq", "spinquant")),
+    "duquant++:steps=8",
+    "duquant:steps=8:block=32",
+    "brq:size=16",
+    "spinquant:steps=2",
+]
 
 
 def recipe(method: str, text: Path, **changes: object) -> Recipe:

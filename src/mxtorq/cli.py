@@ -68,7 +68,7 @@ app = typer.Typer(
     "[bold]reference[/bold], the small model inside this package.",
 )
 DEFAULT_METHODS = "identity,hadamard,torq"
-DEMO_METHODS = "identity,hadamard,torq,torq:levels=inter,torq:levels=intra"
+DEMO_METHODS = "identity,hadamard,torq,duquant++,wush"
 DEMO_OUTLIERS = "qwen3-0.6b"
 
 
@@ -216,6 +216,9 @@ def compare(
 @app.command(epilog="Example:\n\n  mxtorq demo --json demo.json")
 def demo(
     methods: Methods = DEMO_METHODS,
+    rounding: Annotated[
+        str, typer.Option("--rounding", help="Of all rows after direct rounding to nearest.")
+    ] = "gptq",
     scale_rule: Rule = None,
     outliers: Annotated[
         str, typer.Option("--outliers", help="The profile of the second half.")
@@ -233,7 +236,9 @@ def demo(
         typer.Option("--out", metavar="OUT", help="Also keep the TORQ checkpoint here."),
     ] = None,
 ) -> None:
-    """The whole path on the reference model: every method, without and with outliers, no network.
+    """The whole path on the reference model: methods beside each other, no network, no GPU.
+
+    Direct rounding to nearest first, then each method with GPTQ, without and with outlier channels.
 
     Ends with a TORQ checkpoint written to disk, read back and compared with the model in memory.
     """
@@ -246,10 +251,14 @@ def demo(
         from mxtorq.export.checkpoint import require_absent
         from mxtorq.loading.source import REFERENCE
 
+        rows = [{"method": "identity"}]
+        rows += [
+            {"method": name, "rounding": rounding} for name in (methods or DEMO_METHODS).split(",")
+        ]
         recipes = [
-            recipe_from({**shared, "method": name, "outliers": profile})
+            recipe_from({**shared, **row, "outliers": profile})
             for profile in (None, outliers)
-            for name in (methods or DEMO_METHODS).split(",")
+            for row in rows
         ]
         if keep is not None:
             require_absent(keep)
@@ -258,7 +267,9 @@ def demo(
         _compare(REFERENCE, recipes, plan, "cpu", json_path, title)
         with tempfile.TemporaryDirectory() as scratch:
             out = keep or Path(scratch) / "reference-torq"
-            final = recipe_from({**shared, "method": "torq", "outliers": outliers})
+            final = recipe_from(
+                {**shared, "method": "torq", "rounding": rounding, "outliers": outliers}
+            )
             with progress_bars() as progress:
                 manifest = pipeline.quantize(REFERENCE, out, final, device="cpu", progress=progress)
             report_written(out, manifest)

@@ -50,6 +50,14 @@ class Recipe:
         require_positive("calibration_tokens", self.calibration_tokens)
         require_positive("seqlen", self.seqlen)
         self.rounding.check(self.scale_rule)
+        if self.method.needs_compensation and not self.rounding.compensates:
+            raise UsageError(
+                asked=f"{method_name(self.method)} with {rounding_name(self.rounding)}",
+                found="a method that counts on later errors being made good in earlier columns",
+                why="this rounding fixes every weight by itself, so the method would optimise "
+                "something that does not happen",
+                todo="choose rounding gptq, or another option of the method",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Every choice as plain JSON values: two runs with equal dictionaries ask for the same."""

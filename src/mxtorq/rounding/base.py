@@ -23,6 +23,11 @@ class Rounding(ABC):
         """Whether ``hessian`` shall be that of the inputs *after* their own rounding to MXFP4."""
         return False
 
+    @property
+    def compensates(self) -> bool:
+        """Whether an error is made good in weights that are not rounded yet."""
+        return False
+
     def check(self, scale: Scale) -> None:
         """Refuse a kind of scale that these options cannot serve, before any work.
 

@@ -108,6 +108,10 @@ class GPTQ(Rounding):
             )
 
     @property
+    def compensates(self) -> bool:
+        return True
+
+    @property
     def sees_rounded_inputs(self) -> bool:
         return self.inputs is Inputs.ROUNDED
 

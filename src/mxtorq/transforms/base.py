@@ -179,6 +179,11 @@ class TransformMethod(ABC):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    @property
+    def needs_compensation(self) -> bool:
+        """Whether its transforms only make sense when rounding makes good for its own errors."""
+        return False
+
     @abstractmethod
     def fit(self, statistics: SiteStatistics, seed: int) -> Transform:
         """Choose a site's transform: a function of options, statistics and seed alone."""

@@ -71,6 +71,10 @@ class WUSH(TransformMethod):
                 todo=f"choose one between {SMALLEST_DAMPING} and 1; the paper's is 0.01",
             )
 
+    @property
+    def needs_compensation(self) -> bool:
+        return self.curvature is Curvature.CONDITIONAL
+
     def fit(self, statistics: SiteStatistics, seed: int) -> BlockMatrices:
         if self.curvature is Curvature.BLOCK:
             inputs = damped(input_moments(statistics), self.damping)
