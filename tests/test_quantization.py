@@ -1,0 +1,139 @@
+"""What happens inside of a model: who gets which Hessian, what is merged, what stays online."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+import tiny_models
+from mxtorq import pipeline
+from mxtorq.calibration.capture import capture_sites, first_layer_inputs
+from mxtorq.config import Recipe, parse_method, parse_rounding
+from mxtorq.formats import mxfp4
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import Scale
+from mxtorq.quantization import merge_diagonals_, quantize_
+from mxtorq.rounding.base import Rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spy(Rounding):
+    """Rounds to nearest and remembers what it was given."""
+
+    rounded: bool = False
+    seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
+
+    @property
+    def sees_rounded_inputs(self) -> bool:
+        return self.rounded
+
+    def round(
+        self, weight: torch.Tensor, hessian: Callable[[], torch.Tensor], scale: Scale
+    ) -> MXFP4:
+        self.seen.append((weight, hessian()))
+        return mxfp4.quantize(weight, scale)  # type: ignore[arg-type]
+
+
+def settings(story: Path, method: str, rounding: Rounding) -> Recipe:
+    return Recipe(
+        method=parse_method(method),
+        rounding=rounding,
+        calibration=str(story),
+        calibration_tokens=512,
+        seqlen=64,
+    )
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@pytest.mark.parametrize("method", ["hadamard", "duquant++:steps=4", "wush"])
+def test_a_rounding_gets_stacked_weights_and_the_hessian_of_their_inputs(
+    method: str, rounded: bool, tiny_folders: dict[str, Path], story: Path
+) -> None:
+    recipe = settings(story, method, Spy(rounded=rounded))
+    source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    untouched = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    windows = pipeline.calibrate(source, recipe)
+    Spy.seen.clear()
+    quantize_(source, windows.ids, recipe, pipeline.silent)
+
+    # The first layer by hand: 512 tokens are all in the sample.
+    family = untouched.family
+    layer = untouched.model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    statistics = capture_sites(
+        layer, sites, first_layer_inputs(untouched.model, family, windows.ids), recipe.seed
+    )
+    fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
+    rest, statistics = merge_diagonals_(layer, sites, fitted, statistics)
+    for name, (weight, hessian) in zip(sites, Spy.seen, strict=False):
+        rows = rest[name].apply(statistics[name].sample)
+        if rounded:
+            rows = mxfp4.fake_quantize(rows)
+        expected = rows.double().T @ rows.double() / len(rows)
+        # float32 activations, transformed in float32 here and their moment in float64 there
+        bound = 512 * torch.finfo(torch.float32).eps * expected.diagonal().max()
+        if not rounded:
+            assert (hessian - expected).abs().max() <= bound, name
+        else:  # an activation next to a cut may fall to its other side
+            assert (hessian - expected).norm() <= 1e-2 * expected.norm(), name
+            plain = rest[name].apply(rest[name].apply(statistics[name].hessian).T)
+            assert (hessian - plain).norm() > (hessian - expected).norm()
+        stacked = rest[name].fuse(statistics[name].weight).float()
+        assert torch.equal(weight, stacked)
+    assert len(Spy.seen) == 8
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_smoothing_is_merged_but_for_grouped_query_attention(
+    family: str, tiny_folders: dict[str, Path], story: Path
+) -> None:
+    recipe = settings(story, "duquant++:steps=4", parse_rounding("rtn"))
+    source = pipeline.load_model(str(tiny_folders[family]), None, 0, "cpu")
+    norm = source.model.model.layers[0].input_layernorm.weight
+    before = norm.clone()
+    windows = pipeline.calibrate(source, recipe)
+    quantized = quantize_(source, windows.ids, recipe, pipeline.silent)
+    kinds = {entry.site.rpartition(".")[2]: entry.kind for entry in quantized.sites}
+    assert kinds == {
+        "qkv_in": "block-rotation",
+        "o_in": "chain",  # two query heads read each value head
+        "gate_up_in": "block-rotation",
+        "down_in": "block-rotation",
+    }
+    assert not torch.equal(norm, before)
+    assert torch.equal(norm, norm.bfloat16().float())  # as a checkpoint keeps it
+
+
+def test_a_matrix_that_stays_in_bfloat16_takes_no_factors(story: Path, tmp_path: Path) -> None:
+    """qkv_in is 48 wide and unfit, so v_proj stays as it is, and o_in is smoothed online."""
+    shape = {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 32}
+    model = tiny_models.build("llama", **shape)
+    folder = tiny_models.save(model, tmp_path / "model")
+    source = pipeline.load_model(str(folder), None, 0, "cpu")
+    values = source.model.model.layers[0].self_attn.v_proj.weight.clone()
+    recipe = settings(story, "smoothquant:sites=all", parse_rounding("rtn"))
+    recipe = Recipe(**{**recipe.__dict__, "allow_unfit": True})
+    windows = pipeline.calibrate(source, recipe)
+    quantized = quantize_(source, windows.ids, recipe, pipeline.silent)
+    kinds = {entry.site.rpartition(".")[2]: entry.kind for entry in quantized.sites}
+    assert kinds["o_in"] == "diagonal"
+    assert torch.equal(source.model.model.layers[0].self_attn.v_proj.weight, values)
+    pipeline.quantize(str(folder), tmp_path / "out", recipe, device="cpu")  # reads back equal
+
+
+def test_rotations_leave_what_a_checkpoint_keeps_in_bfloat16(
+    tiny_folders: dict[str, Path], story: Path
+) -> None:
+    recipe = settings(story, "quarot", parse_rounding("rtn"))
+    source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    assert source.config.tie_word_embeddings
+    windows = pipeline.calibrate(source, recipe)
+    quantize_(source, windows.ids, recipe, pipeline.silent)
+    assert not source.config.tie_word_embeddings
+    for name, parameter in source.model.named_parameters():
+        assert torch.equal(parameter, parameter.bfloat16().float()), name
+    gains = source.model.model.norm.weight
+    assert torch.equal(gains, torch.ones_like(gains))
