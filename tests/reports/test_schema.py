@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mxtorq.errors import UsageError
-from mxtorq.reports.render import cells, footnote, markdown, parts, sqnr_db, terminal
+from mxtorq.reports.render import cells, footnote, markdown, parts, site_tables, sqnr_db, terminal
 from mxtorq.reports.schema import VERSION, Results, Row
 
 EVALUATION = {"source": "t", "tokens": 100, "seqlen": 10, "text_sha256": "a"}
@@ -127,6 +127,19 @@ def test_renderings_hold_every_cell() -> None:
         for line in cells(RESULTS):
             assert all(cell in text for cell in line)
     assert markdown(RESULTS).startswith("    mxtorq compare\n")
+
+
+def test_markdown_says_where_a_method_loses() -> None:
+    """The mean over layers and seeds of each kind of site, and the worst site of all."""
+    values = [
+        row("torq", 2.5, seed=seed, site_errors={"m.0.qkv_in": a, "m.1.qkv_in": b, "m.0.o_in": 0.1})
+        for seed, (a, b) in enumerate(((0.01, 0.03), (0.01, 0.35)))
+    ]
+    text = "".join(site_tables(Results(rows=(row("bf16", 2.0), *values), versions={})))
+    assert "| method | outliers | rounding | scale rule | qkv_in | o_in | worst site |" in text
+    # (0.01 + (0.03 + 0.35) / 2) / 2 = 0.1
+    assert "| torq (2 seeds) | none | rtn | floor | 10.00 dB | 10.00 dB | m.1.qkv_in" in text
+    assert site_tables(RESULTS) == []
 
 
 def test_a_narrow_terminal_loses_columns_and_cuts_no_figure() -> None:

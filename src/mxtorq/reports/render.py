@@ -68,10 +68,44 @@ def markdown(results: Results) -> str:
     rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_COLUMNS) - _TEXT_COLUMNS)
     pages = ["\n".join(f"    {line}" for line in results.command.splitlines())]
     for title, part in parts(results):
-        lines = [_COLUMNS, rule, *cells(part)]
-        pages += [f"**{title}**", "\n".join(f"| {' | '.join(line)} |" for line in lines)]
+        pages += [f"**{title}**", _markdown_table([list(_COLUMNS), rule, *cells(part)])]
+    pages += site_tables(results)
     pages += [footnote(results).replace("\n", "\n\n"), _versions(results)]
     return "\n\n".join(pages) + "\n"
+
+
+def site_tables(results: Results) -> list[str]:
+    """SQNR by kind of site in Markdown, and the worst site of all: where a method loses what."""
+    pages = []
+    for title, part in parts(results):
+        groups = [group for group in _groups(part) if group[0].site_errors]
+        kinds = dict.fromkeys(
+            name.rpartition(".")[2] for group in groups for name in group[0].site_errors
+        )
+        lines = [[*_COLUMNS[:_TEXT_COLUMNS], *kinds, "worst site"]]
+        lines.append(["---"] * _TEXT_COLUMNS + ["---:"] * len(kinds) + ["---"])
+        for group in groups:
+            errors = {
+                name: fmean(row.site_errors[name] for row in group) for name in group[0].site_errors
+            }
+            worst = max(errors, key=lambda name: errors[name])
+            means = [
+                fmean(error for name, error in errors.items() if name.rpartition(".")[2] == kind)
+                for kind in kinds
+            ]
+            figures = [f"{sqnr_db(mean):.2f} dB" for mean in means]
+            shown = f"{worst} ({sqnr_db(errors[worst]):.2f} dB)"
+            lines.append([*_cells(group, None)[:_TEXT_COLUMNS], *figures, shown])
+        if groups:
+            pages += [
+                f"**{title}: SQNR of the mean error by kind of site**",
+                _markdown_table(lines),
+            ]
+    return pages
+
+
+def _markdown_table(lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def terminal(results: Results, title: str, width: int | None = None) -> Table:
