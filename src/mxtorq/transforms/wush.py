@@ -17,8 +17,8 @@ The first release takes the diagonal block of the upper Cholesky factor of the w
 is left of A while earlier blocks can still compensate: it suits GPTQ from the last block to the
 first and is blind to the rounding of inputs. The later code keeps such a curvature for weight-only
 and takes the block's own A for W4A4: the default here. On synthetic data with rounded inputs the
-block's own lost 3 to 8 % less on average, with RTN and with GPTQ in either order; with exact inputs
-and GPTQ the conditional one won (docs/methods/wush.md).
+block's own lost 1 to 6 % less, with RTN and with GPTQ in either order; with exact inputs and GPTQ
+neither was ahead throughout (docs/methods/wush.md).
 Left out: both fit T inside of GPTQ, to weights that carry the errors of other blocks already; here
 transforms are fitted before rounding, to the weights as they are.
 """
