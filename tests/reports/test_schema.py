@@ -86,6 +86,7 @@ def test_seeds_become_one_line_with_their_spread() -> None:
     results = Results(rows=(row("bf16", 2.0), *values, other), versions={})
     table = cells(results)
     assert len(table) == 3
+    assert "50 tokens, seeds 0, 1, 2, 4." in footnote(results)
     assert table[1][0] == "torq (3 seeds)"
     assert table[1][4] == "4.0000 ± 2.0000"
     assert table[1][5] == "+100.00 ± 100.00 %"

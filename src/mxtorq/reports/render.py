@@ -174,7 +174,7 @@ def footnote(results: Results) -> str:
         if calibration:
             notes.append(
                 f"Calibrated on {calibration['source']!r}: {calibration['tokens']:,} tokens, "
-                f"seed {calibration['seed']}."
+                f"{_seeds(results)}."
             )
             if calibration["text_sha256"] == evaluation.get("text_sha256"):
                 notes.append("Calibrated on the evaluation text itself: optimistic figures.")
@@ -186,6 +186,11 @@ def footnote(results: Results) -> str:
         for site, width in (row.provenance.get("unfit") or {}).items():
             notes.append(f"{site} (width {width}) stays in BF16: no multiple of 32.")
     return "\n".join(dict.fromkeys(notes))
+
+
+def _seeds(results: Results) -> str:
+    seeds = sorted({row.seed for row in results.rows if row.seed is not None})
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _groups(results: Results) -> list[list[Row]]:
