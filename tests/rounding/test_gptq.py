@@ -212,13 +212,15 @@ def test_channels_that_were_never_seen_are_rounded_plainly(
     assert torch.equal(codes[:, unseen], e2m1.encode(w[:, unseen] / scale))
 
 
-def test_damping_grows_until_the_hessian_has_a_factor() -> None:
+def test_damping_is_never_raised_behind_the_user_s_back() -> None:
     """Rank 32 of 96 less 3 % of the mean: 1 % of damping leaves it indefinite, 10 % does not."""
     w = weight(4, 96)
     few = torch.randn(32, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     moment = few.T @ few / 32
     moment -= 0.03 * moment.diagonal().mean() * torch.eye(96)
-    codes, _ = GPTQ().compensated(w, moment, ScaleRule.FLOOR)
+    with pytest.raises(FormatError, match=r"a larger damping, such as 0\.1"):
+        GPTQ().compensated(w, moment, ScaleRule.FLOOR)
+    codes, _ = GPTQ(damping=0.1).compensated(w, moment, ScaleRule.FLOOR)
     oracle = [
         column_by_column(w, moment, range(96), ScaleRule.FLOOR, static=False, damping=damping)[0]
         for damping in (0.1, 0.2)
@@ -227,7 +229,7 @@ def test_damping_grows_until_the_hessian_has_a_factor() -> None:
     assert not torch.equal(codes, oracle[1])
 
 
-def test_a_hessian_that_no_damping_mends_is_an_error_of_ours() -> None:
+def test_a_hessian_that_is_none_is_an_error_of_ours() -> None:
     moment = correlated(64)
     moment[3, 5] = moment[5, 3] = 1e4 * moment.diagonal().max()
     with pytest.raises(FormatError, match=r"no Cholesky factor(.|\n)*symmetric\?.*rtn"):

@@ -36,12 +36,6 @@ from mxtorq.rounding.base import Rounding
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 from mxtorq.rounding.rtn import RTN
 
-DAMPING_STEP = 10.0
-"""By how much damping grows when the Hessian has no Cholesky factor."""
-
-DAMPING_TRIES = 4
-"""Dampings that are tried: the one asked for and three larger ones."""
-
 _ROWS = 1024  # rows whose goal is computed at once in float64
 
 
@@ -72,7 +66,7 @@ class GPTQ(Rounding):
     """Rounding with compensation; the defaults are those of the original."""
 
     damping: float = 0.01
-    """Added to the diagonal, as a part of its mean; ten times more at a time if that is needed."""
+    """Added to the diagonal, as a part of its mean."""
     order: Order = Order.FORWARD
     scales: GroupScales = GroupScales.DYNAMIC
     exponents: int = 1
@@ -126,7 +120,7 @@ class GPTQ(Rounding):
         Raises:
             UsageError: as `check`, and where the Hessian is not [d, d].
             ModelError: weight or Hessian hold NaN or Inf.
-            FormatError: 32 does not divide d, or no damping gives the Hessian an inverse.
+            FormatError: 32 does not divide d, or the damped Hessian is not positive definite.
         """
         self.check(scale)
         plain = RTN(exponents=self.exponents).round(weight, hessian, scale)
@@ -144,7 +138,7 @@ class GPTQ(Rounding):
         """Codes and group scales of GPTQ alone, rows that end worse than plain ones included.
 
         Raises:
-            FormatError: no damping gives the Hessian an inverse.
+            FormatError: the damped Hessian is not positive definite.
         """
         order = self._column_order(moment)
         follow = _compensation(moment, order, self.damping)
@@ -215,7 +209,7 @@ def _compensation(
     triangular R with H = R R^T, and U = R^-1.
 
     Raises:
-        FormatError: no damping gives the Hessian an inverse.
+        FormatError: the damped Hessian is not positive definite.
     """
     lower = _cholesky(moment, order.flip(0), damping)
     identity = torch.eye(len(lower), dtype=torch.float64, device=lower.device)
@@ -233,19 +227,19 @@ def _cholesky(
     ordered[unseen] = 0.0
     ordered[:, unseen] = 0.0
     diagonal = ordered.diagonal().masked_fill(unseen, 1.0)
-    parts = [damping * DAMPING_STEP**power for power in range(DAMPING_TRIES)]
-    for part in parts:
-        ordered.diagonal().copy_(diagonal + part * moment.diagonal().mean())
-        result = torch.linalg.cholesky_ex(ordered)
-        if not result.info:
-            lower: Tensor = result.L
-            return lower
-    raise FormatError(
-        asked=f"GPTQ with a Hessian {tuple(moment.shape)} and damping={damping}",
-        found=f"no Cholesky factor, with up to {parts[-1]:g} of the mean added to the diagonal",
-        why="a second moment has no negative eigenvalues, and this matrix has large ones",
-        todo="look at how the Hessian was made (symmetric? in float64?), or round with rtn",
-    )
+    ordered.diagonal().copy_(diagonal + damping * moment.diagonal().mean())
+    result = torch.linalg.cholesky_ex(ordered)
+    if result.info:
+        raise FormatError(
+            asked=f"GPTQ with a Hessian {tuple(moment.shape)} and damping={damping}",
+            found="no Cholesky factor of the damped Hessian",
+            why="a second moment has no negative eigenvalues, and this matrix has some that the "
+            "damping does not lift above zero",
+            todo=f"pass a larger damping, such as {10 * damping:g}; if that fails, look at how the "
+            "Hessian was made (symmetric? in float64?), or round with rtn",
+        )
+    lower: Tensor = result.L
+    return lower
 
 
 def _required(
