@@ -110,6 +110,23 @@ def test_a_killed_run_goes_on_with_the_same_rows(
     assert [row.method for row in fewer.rows] == ["bf16", "identity", "hadamard"]  # none is lost
 
 
+def test_a_recipe_that_is_named_twice_is_one_row_and_progress_counts_rows(
+    tiny_folders: dict[str, Path], story: Path, plan: EvaluationPlan
+) -> None:
+    calls: list[tuple[str, int, int]] = []
+    recipes = [recipe(story), recipe(story, "hadamard"), recipe(story)]
+    rows = compare(
+        str(tiny_folders["llama"]),
+        recipes,
+        plan,
+        device="cpu",
+        progress=lambda *step: calls.append(step),
+    ).rows
+    assert [row.method for row in rows] == ["bf16", "identity", "hadamard"]
+    assert [call for call in calls if call[0] == "compare"] == [("compare", n, 2) for n in range(3)]
+    assert ("hadamard rtn: quantize", 2, 2) in calls
+
+
 def test_records_of_other_inputs_are_refused(
     tiny_folders: dict[str, Path], story: Path, plan: EvaluationPlan, tmp_path: Path
 ) -> None:

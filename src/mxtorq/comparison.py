@@ -62,6 +62,9 @@ def compare(
     drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
     windows: Windows | None = None
     measured: set[str | None] = set()
+    recipes = list(dict.fromkeys(recipes))  # a row stands for itself once
+    finished = 0
+    progress("compare", finished, len(recipes))
     for outliers, seed in dict.fromkeys((r.outliers, r.seed) for r in recipes):
         group = [r for r in recipes if (r.outliers, r.seed) == (outliers, seed)]
         progress("load", 0, 2)
@@ -87,17 +90,19 @@ def compare(
                 or _with(measure(source, windows, outliers, progress), identity, None)
             )
             save(record())
-        for number, recipe in enumerate(group, 1):
+        for recipe in group:
             row = _found(earlier, {**identity, "recipe": recipe.to_dict()}, outliers)
             if row is None:
                 key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
                 if key not in drawn:
                     drawn[key] = calibrate(source, recipe)
-                said = _numbered(progress, recipe, f"{number}/{len(group)}")
+                said = _named(progress, recipe)
                 row = evaluate_recipe(source, recipe, drawn[key], windows, said)
                 row = _with(row, identity, recipe)
             rows.append(row)
             save(record())
+            finished += 1
+            progress("compare", finished, len(recipes))
     return record()
 
 
@@ -155,6 +160,6 @@ def _with(row: Row, identity: dict[str, object], recipe: Recipe | None) -> Row:
     return row
 
 
-def _numbered(progress: Progress, recipe: Recipe, place: str) -> Progress:
-    name = f"{place} {method_name(recipe.method)} {rounding_name(recipe.rounding)}"
+def _named(progress: Progress, recipe: Recipe) -> Progress:
+    name = f"{method_name(recipe.method)} {rounding_name(recipe.rounding)}"
     return lambda stage, done, total: progress(f"{name}: {stage}", done, total)
