@@ -53,24 +53,24 @@ def activations(tokens: int, width: int, outliers: int, seed: int) -> torch.Tens
     return rows
 
 
-def statistics(
-    width: int = 160,
-    *,
-    tokens: int = 300,
-    rows: int = 48,
-    seed: int = 7,
-    name: SiteName = SiteName.DOWN_IN,
+def site(
+    rows: torch.Tensor, *weights: torch.Tensor, name: SiteName = SiteName.DOWN_IN
 ) -> SiteStatistics:
-    """A site with outlier channels and two random readers, every token in the sample."""
-    sample = activations(tokens, width, outliers=4, seed=seed)
-    draw = torch.Generator().manual_seed(seed + 1)
-    weight = torch.randn(2 * rows, width, generator=draw)
+    """A site with these inputs, all of them in the sample, and these readers."""
+    wide = rows.double()
     return SiteStatistics(
         site=f"model.layers.0.{name}",
         name=name,
-        tokens=tokens,
-        hessian=sample.double().T @ sample.double() / tokens,
-        amax=sample.abs().amax(0),
-        sample=sample,
-        weights=(weight[:rows], weight[rows:]),
+        tokens=len(rows),
+        hessian=wide.T @ wide / len(rows),
+        amax=rows.abs().amax(0),
+        sample=rows,
+        weights=weights,
     )
+
+
+def statistics(width: int = 160, *, tokens: int = 300, rows: int = 48) -> SiteStatistics:
+    """A site with outlier channels and two random readers."""
+    draw = torch.Generator().manual_seed(8)
+    weight = torch.randn(2 * rows, width, generator=draw)
+    return site(activations(tokens, width, outliers=4, seed=7), weight[:rows], weight[rows:])

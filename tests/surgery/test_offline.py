@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import oracles
 import tiny_models
 from mxtorq.calibration.capture import first_layer_inputs
 from mxtorq.errors import ModelError
@@ -142,15 +143,7 @@ def test_methods_keep_the_function_end_to_end(name: str, size: int) -> None:
 
 
 def statistics(name: SiteName, width: int) -> SiteStatistics:
-    return SiteStatistics(
-        site=f"model.layers.0.{name}",
-        name=name,
-        tokens=1,
-        hessian=torch.eye(width, dtype=torch.float64),
-        amax=torch.ones(width),
-        sample=torch.ones(1, width),
-        weights=(torch.ones(2, width),),
-    )
+    return oracles.site(torch.ones(1, width), torch.ones(2, width), name=name)
 
 
 def test_without_folding_the_function_changes() -> None:

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+import oracles
 from mxtorq.errors import UsageError
 from mxtorq.models.family import SiteName
-from mxtorq.transforms.base import NetworkShape, SiteStatistics
+from mxtorq.transforms.base import NetworkShape
 from mxtorq.transforms.hadamard import Hadamard, factors, paley, sizes, sylvester
 from mxtorq.transforms.quarot import full_hadamard
 
@@ -112,10 +113,7 @@ def shape(**sites: int) -> NetworkShape:
 
 @pytest.mark.parametrize("size", [16, 32, 64, 128])
 def test_the_method_repeats_one_sylvester_block(size: int) -> None:
-    site = SiteStatistics(
-        site="x", name=SiteName.DOWN_IN, tokens=1, hessian=torch.eye(256, dtype=torch.float64),
-        amax=torch.ones(256), sample=torch.ones(1, 256), weights=(torch.ones(1, 256),),
-    )  # fmt: skip
+    site = oracles.site(torch.ones(1, 256), torch.ones(1, 256))
     dense = Hadamard(size=size).fit(site, seed=0).matrix()
     assert torch.equal(dense, torch.block_diag(*[sylvester(size)] * (256 // size)))
 

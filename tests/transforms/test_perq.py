@@ -6,6 +6,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
+import oracles
 from mxtorq.errors import UsageError
 from mxtorq.models.family import SiteName
 from mxtorq.transforms import METHODS
@@ -36,15 +37,7 @@ def clustered() -> SiteStatistics:
     draw = torch.Generator().manual_seed(3)
     rows = torch.randn(300, WIDTH, generator=draw)
     rows[:, 40:52] *= 20
-    return SiteStatistics(
-        site="model.layers.0.down_in",
-        name=SiteName.DOWN_IN,
-        tokens=len(rows),
-        hessian=rows.double().T @ rows.double() / len(rows),
-        amax=rows.abs().amax(0),
-        sample=rows,
-        weights=(torch.randn(8, WIDTH, generator=draw),),
-    )
+    return oracles.site(rows, torch.randn(8, WIDTH, generator=draw))
 
 
 def block_mass(rows: torch.Tensor, block: int = 32) -> torch.Tensor:

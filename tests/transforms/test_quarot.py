@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import oracles
 from mxtorq.errors import UsageError
 from mxtorq.models.family import SiteName
 from mxtorq.transforms import METHODS
@@ -31,10 +32,7 @@ def network(**sizes: int) -> Network:
 
 
 def statistics(name: SiteName, width: int) -> SiteStatistics:
-    return SiteStatistics(
-        site="x", name=name, tokens=1, hessian=torch.eye(width, dtype=torch.float64),
-        amax=torch.ones(width), sample=torch.ones(1, width), weights=(torch.ones(1, width),),
-    )  # fmt: skip
+    return oracles.site(torch.ones(1, width), torch.ones(1, width), name=name)
 
 
 def test_they_are_in_the_table() -> None:

@@ -22,15 +22,8 @@ WIDTH = 64
 def site(name: SiteName, outs: tuple[int, ...]) -> SiteStatistics:
     rows = oracles.activations(50, WIDTH, outliers=3, seed=2)
     draw = torch.Generator().manual_seed(5)
-    return SiteStatistics(
-        site=f"model.layers.0.{name}",
-        name=name,
-        tokens=len(rows),
-        hessian=rows.double().T @ rows.double() / len(rows),
-        amax=rows.abs().amax(0),
-        sample=rows,
-        weights=tuple(0.1 * torch.randn(out, WIDTH, generator=draw) for out in outs),
-    )
+    weights = (0.1 * torch.randn(out, WIDTH, generator=draw) for out in outs)
+    return oracles.site(rows, *weights, name=name)
 
 
 SITES = {

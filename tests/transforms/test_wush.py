@@ -6,7 +6,6 @@ import torch
 import oracles
 from mxtorq.errors import UsageError
 from mxtorq.formats.mxfp4 import fake_quantize
-from mxtorq.models.family import SiteName
 from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
 from mxtorq.transforms.hadamard import Hadamard, sylvester
 from mxtorq.transforms.rotation import IdentityMethod
@@ -35,19 +34,6 @@ def correlated(tokens: int, width: int, seed: int, outliers: int = 6) -> torch.T
     return rows
 
 
-def statistics(rows: torch.Tensor, *weights: torch.Tensor) -> SiteStatistics:
-    wide = rows.double()
-    return SiteStatistics(
-        site="test",
-        name=SiteName.QKV_IN,
-        tokens=len(rows),
-        hessian=wide.T @ wide / len(rows),
-        amax=rows.abs().amax(0),
-        sample=rows,
-        weights=weights,
-    )
-
-
 def random_weight(outputs: int, width: int, seed: int) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
     columns = torch.exp(0.5 * torch.randn(width, generator=draw))
@@ -57,7 +43,7 @@ def random_weight(outputs: int, width: int, seed: int) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def site() -> SiteStatistics:
     weights = random_weight(48, 128, seed=2), random_weight(16, 128, seed=3)
-    return statistics(correlated(400, 128, seed=1), *weights)
+    return oracles.site(correlated(400, 128, seed=1), *weights)
 
 
 def root(matrix: torch.Tensor) -> torch.Tensor:
@@ -183,19 +169,19 @@ def test_inputs_or_weights_that_are_zero_get_what_fits_the_other() -> None:
     rows[:, :32] = 0
     weight = random_weight(40, 96, seed=5)
     weight[:, :64] = 0
-    matrices = WUSH().fit(statistics(rows, weight), 0).matrices
+    matrices = WUSH().fit(oracles.site(rows, weight), 0).matrices
     assert torch.isfinite(matrices).all()
     # Both zero: T T^T = I, H up to the order and the signs of its rows.
     square = matrices[0] @ matrices[0].T
     assert (square - torch.eye(32, dtype=torch.float64)).abs().max() <= 32 * 32 * EPS
-    a = damped(input_moments(statistics(rows, weight)), 0.01)[1]
+    a = damped(input_moments(oracles.site(rows, weight)), 0.01)[1]
     fitted = equalize_moments(a[None], torch.eye(32, dtype=torch.float64)[None])[0] @ sylvester(32)
     assert (matrices[1] - fitted).abs().max() <= 32 * 32 * EPS * fitted.norm()
 
 
 def test_fewer_outputs_than_channels_of_a_block() -> None:
     """B is singular then; damping carries it."""
-    few = statistics(correlated(200, 64, seed=6), random_weight(8, 64, seed=7))
+    few = oracles.site(correlated(200, 64, seed=6), random_weight(8, 64, seed=7))
     matrices = WUSH().fit(few, 0).matrices
     assert torch.linalg.cond(matrices).max() < 1e3
 
@@ -217,7 +203,7 @@ def test_it_loses_less_than_identity_and_hadamard(seed: int) -> None:
     weight = random_weight(96, 256, seed + 100)
 
     def error(method: TransformMethod) -> float:
-        return output_error(method.fit(statistics(train, weight), 0), test, weight)
+        return output_error(method.fit(oracles.site(train, weight), 0), test, weight)
 
     wush = error(WUSH())
     assert wush < 0.5 * min(error(IdentityMethod()), error(Hadamard()))
@@ -231,7 +217,7 @@ def test_rounded_inputs_want_the_curvature_of_the_block(seed: int) -> None:
     train, test = rows[:1024], rows[1024:]
     weight = random_weight(96, 256, seed + 100)
     block, conditional = (
-        output_error(WUSH(curvature=curvature).fit(statistics(train, weight), 0), test, weight)
+        output_error(WUSH(curvature=curvature).fit(oracles.site(train, weight), 0), test, weight)
         for curvature in (Curvature.BLOCK, Curvature.CONDITIONAL)
     )
     assert block < conditional

@@ -28,15 +28,8 @@ WIDTH = 256
 def site() -> SiteStatistics:
     rows = oracles.activations(200, WIDTH, outliers=4, seed=7)
     draw = torch.Generator().manual_seed(1)
-    return SiteStatistics(
-        site="model.layers.0.qkv_in",
-        name=SiteName.QKV_IN,
-        tokens=len(rows),
-        hessian=rows.double().T @ rows.double() / len(rows),
-        amax=rows.abs().amax(0),
-        sample=rows,
-        weights=tuple(0.05 * torch.randn(out, WIDTH, generator=draw) for out in (96, 32, 32)),
-    )
+    weights = (0.05 * torch.randn(out, WIDTH, generator=draw) for out in (96, 32, 32))
+    return oracles.site(rows, *weights, name=SiteName.QKV_IN)
 
 
 def links(transform: Transform) -> list[str]:

@@ -8,7 +8,6 @@ import torch
 import oracles
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import fake_quantize
-from mxtorq.models.family import SiteName
 from mxtorq.transforms.base import SiteStatistics, TransformMethod
 from mxtorq.transforms.hadamard import Hadamard, sylvester
 from mxtorq.transforms.hires import geometry
@@ -37,22 +36,9 @@ def random_weight(outputs: int, width: int, seed: int) -> torch.Tensor:
     return 0.02 * torch.randn(outputs, width, generator=draw) * columns
 
 
-def statistics(rows: torch.Tensor, weight: torch.Tensor) -> SiteStatistics:
-    wide = rows.double()
-    return SiteStatistics(
-        site="test",
-        name=SiteName.QKV_IN,
-        tokens=len(rows),
-        hessian=wide.T @ wide / len(rows),
-        amax=rows.abs().amax(0),
-        sample=rows,
-        weights=(weight,),
-    )
-
-
 @pytest.fixture(scope="module")
 def site() -> SiteStatistics:
-    return statistics(correlated(500, 96, seed=1), random_weight(70, 96, seed=2))
+    return oracles.site(correlated(500, 96, seed=1), random_weight(70, 96, seed=2))
 
 
 @pytest.mark.parametrize("method", ABLATION, ids=str)
@@ -141,7 +127,7 @@ def test_a_block_of_zeros_is_fitted(empty: str) -> None:
         rows[:, :32] = 0
     if empty != "inputs":
         weight[:, :32] = 0
-    matrices = HiRes().fit(statistics(rows, weight), 0).matrices
+    matrices = HiRes().fit(oracles.site(rows, weight), 0).matrices
     assert torch.isfinite(matrices).all()
     if empty == "both":
         assert (matrices[0] - sylvester(32)).abs().max() <= 32 * 32 * EPS
@@ -156,7 +142,7 @@ def test_it_loses_less_than_identity_and_hadamard(method: HiRes, seed: int) -> N
     exact = test.double() @ weight.double().T
 
     def error(other: TransformMethod) -> float:
-        transform = other.fit(statistics(train, weight), 0)
+        transform = other.fit(oracles.site(train, weight), 0)
         x = fake_quantize(transform.apply(test)).double()
         w = fake_quantize(transform.fuse(weight.double()).float()).double()
         return ((x @ w.T - exact).square().sum() / exact.square().sum()).item()

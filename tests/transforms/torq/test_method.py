@@ -12,16 +12,9 @@ from mxtorq.transforms.torq.method import TORQ, InterAngle, Levels
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
 
-def statistics(rows: torch.Tensor) -> SiteStatistics:
-    wide = rows.double()
-    return SiteStatistics(
-        site="test", tokens=len(rows), hessian=wide.T @ wide / len(rows), sample=rows
-    )
-
-
 @pytest.fixture(scope="module")
 def uneven() -> SiteStatistics:
-    return statistics(oracles.activations(1024, 256, outliers=5, seed=9))
+    return oracles.site(oracles.activations(1024, 256, outliers=5, seed=9))
 
 
 def block_variance(rows: torch.Tensor) -> torch.Tensor:
