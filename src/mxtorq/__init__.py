@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxtorq.comparison import compare
-    from mxtorq.config import EvaluationPlan, Recipe, parse_method
+    from mxtorq.config import EvaluationPlan, Recipe, parse_method, parse_rounding
     from mxtorq.errors import MxtorqError
     from mxtorq.formats.e8m0 import ScaleRule
     from mxtorq.formats.mxfp4 import MXFP4
     from mxtorq.loading.checkpoint import load
     from mxtorq.pipeline import evaluate, quantize
+    from mxtorq.rounding.gptq import GPTQ
     from mxtorq.transforms.torq.method import TORQ
 
 _HOMES = {
+    "GPTQ": "mxtorq.rounding.gptq",
     "EvaluationPlan": "mxtorq.config",
     "MXFP4": "mxtorq.formats.mxfp4",
     "MxtorqError": "mxtorq.errors",
@@ -28,10 +30,12 @@ _HOMES = {
     "evaluate": "mxtorq.pipeline",
     "load": "mxtorq.loading.checkpoint",
     "parse_method": "mxtorq.config",
+    "parse_rounding": "mxtorq.config",
     "quantize": "mxtorq.pipeline",
 }
 
 __all__ = [
+    "GPTQ",
     "MXFP4",
     "TORQ",
     "EvaluationPlan",
@@ -42,6 +46,7 @@ __all__ = [
     "evaluate",
     "load",
     "parse_method",
+    "parse_rounding",
     "quantize",
 ]
 
