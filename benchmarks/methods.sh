@@ -22,8 +22,8 @@ add --methods spinquant --roundings gptq "$@"
 # What papers do otherwise: WUSH from the last block, MR-GPTQ's static scales and order.
 add --methods wush,wush:curvature=conditional --roundings gptq:order=backward "$@"
 add --methods hadamard --roundings gptq:scales=static:order=descending "$@"
-# TORQ's ablation, the other legal scale rules, and the better of three exponents a block.
-add --methods torq:levels=inter,torq:levels=intra --roundings gptq "$@"
+# Ablations of TORQ and DuQuant++, the other legal scale rules, and the better of three exponents a block.
+add --methods torq:levels=inter,torq:levels=intra,duquant++:smooth=false --roundings gptq "$@"
 add --methods identity,hadamard,wush --roundings gptq --scale-rules even,rceil,uos "$@"
 add --methods identity,hadamard,wush --roundings rtn:exponents=3,gptq:exponents=3 "$@"
 # Scales that no hardware has, and what they do to the same methods.
