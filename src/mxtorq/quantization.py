@@ -165,9 +165,7 @@ def rounding_hessians(
         }
         rounded = capture_hessians(layer, sites, inputs, through)
         return {name: partial(rounded.__getitem__, name) for name in sites}
-    return {
-        name: partial(_transformed_hessian, transforms[name], statistics[name]) for name in sites
-    }
+    return {name: partial(statistics[name].transformed_hessian, transforms[name]) for name in sites}
 
 
 def round_site_(
@@ -211,7 +209,3 @@ def _site_entry(
 
 def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
     return fake_quantize(transform.apply(values.float()), scale)
-
-
-def _transformed_hessian(transform: Transform, statistics: SiteStatistics) -> Tensor:
-    return transform.apply(transform.apply(statistics.hessian).T)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -209,3 +210,13 @@ def test_what_cannot_work_is_refused() -> None:
         SpinQuant().rotations(network(lambda *_: torch.tensor(0.0), windows=0), seed=0)
     with pytest.raises(UsageError, match="nothing to learn"):
         SpinQuant().check(good._replace(sites={SiteName.DOWN_IN: 96}))
+
+
+def test_progress_counts_steps() -> None:
+    calls: list[tuple[int, int]] = []
+    seen = replace(
+        network(lambda residual, *_: residual.sum()),
+        progress=lambda *step: calls.append(step),  # type: ignore[misc]
+    )
+    SpinQuant(steps=3).rotations(seen, seed=0)
+    assert calls == [(1, 3), (2, 3), (3, 3)]

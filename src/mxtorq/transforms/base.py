@@ -60,6 +60,10 @@ class SiteStatistics:
             sample=self.sample * factors.float(),
         )
 
+    def transformed_hessian(self, transform: "Transform") -> Float64[Tensor, "d d"]:
+        """The second moment of x T: T^T H T."""
+        return transform.apply(transform.apply(self.hessian).T)
+
     def transformed(self, transform: "Transform") -> "SiteStatistics":
         """The statistics of x T and W T^-T.
 
@@ -68,7 +72,7 @@ class SiteStatistics:
         sample = transform.apply(self.sample)
         return replace(
             self,
-            hessian=transform.apply(transform.apply(self.hessian).T),
+            hessian=self.transformed_hessian(transform),
             amax=sample.abs().amax(0),
             sample=sample,
             weights=tuple(transform.fuse(weight.double()) for weight in self.weights),

@@ -115,6 +115,7 @@ class SpinQuant(TransformMethod):
                 loss = network.loss(matrices[0], matrices[1:], online, [next(order)])
                 _require_finite(loss, step)
                 (loss / self.batch).backward()
+            network.progress(step + 1, self.steps)
             # Without a gradient: heads or a stream that no quantized site reads.
             matrices = [
                 matrix.detach()
