@@ -44,13 +44,7 @@ def compare(
     Raises:
         MxtorqError: with what to do; a recipe that cannot work is refused before any work.
     """
-    rows: list[Row] = []
     now = versions()
-
-    def record() -> Results:
-        # Earlier rows stay, asked for or not: nothing that took hours is dropped.
-        return Results(rows=(*earlier, *(row for row in rows if row not in earlier)), versions=now)
-
     if done is not None and done.versions != now:
         raise UsageError(
             asked="to go on with an earlier comparison",
@@ -58,52 +52,56 @@ def compare(
             why="rows of different versions are not comparable",
             todo="install those versions, or start a new record",
         )
-    earlier = list(done.rows) if done is not None else []
-    drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
-    windows: Windows | None = None
-    measured: set[str | None] = set()
+    # Earlier rows stay, asked for or not: nothing that took hours is dropped.
+    rows = list(done.rows) if done is not None else []
+    earlier = tuple(rows)
+
+    def add(row: Row, recipe: Recipe | None) -> None:
+        asked = None if recipe is None else recipe.to_dict()
+        row.provenance.update(identity, recipe=asked)
+        rows.append(row)
+        save(Results(rows=tuple(rows), versions=now))
+
     recipes = list(dict.fromkeys(recipes))  # a row stands for itself once
     finished = 0
     progress("compare", finished, len(recipes))
+    progress("load", 0, 2)
+    plain = load_model(model, None, 0, device)
+    shape = network_shape(plain.model, plain.family)
+    for recipe in recipes:
+        recipe.method.check(shape)
+        require_fit(plain.model, plain.family, recipe.allow_unfit)
+    progress("load", 1, 2)
+    windows = evaluation_data(plain, plan)
+    identity: dict[str, object] = {
+        "model": model,
+        "weights_sha256": plain.fingerprint(),
+        "evaluation": windows.record(),
+    }
+    progress("load", 2, 2)
+    drawn: dict[object, Windows] = {}  # tokenizing a text takes longer than most methods
+    measured: set[str | None] = set()
     for outliers, seed in dict.fromkeys((r.outliers, r.seed) for r in recipes):
-        group = [r for r in recipes if (r.outliers, r.seed) == (outliers, seed)]
-        progress("load", 0, 2)
-        source = load_model(model, None, seed, device)
-        weights = source.fingerprint()
+        source = plain
         if outliers is not None:
+            source = replace(plain, model=copy.deepcopy(plain.model))
             add_outliers_(source.model, source.family, outliers, seed)
-        for recipe in recipes:
-            recipe.method.check(network_shape(source.model, source.family))
-            require_fit(source.model, source.family, recipe.allow_unfit)
-        progress("load", 1, 2)
-        windows = windows or evaluation_data(source, plan)
-        identity: dict[str, object] = {
-            "model": model,
-            "weights_sha256": weights,
-            "evaluation": windows.record(),
-        }
-        progress("load", 2, 2)
         if outliers not in measured:
             measured.add(outliers)
-            rows.append(
-                _found(earlier, {**identity, "recipe": None}, outliers)
-                or _with(measure(source, windows, outliers, progress), identity, None)
-            )
-            save(record())
-        for recipe in group:
-            row = _found(earlier, {**identity, "recipe": recipe.to_dict()}, outliers)
-            if row is None:
+            if _found(earlier, {**identity, "recipe": None}, outliers) is None:
+                add(measure(source, windows, outliers, progress), None)
+        for recipe in recipes:
+            if (recipe.outliers, recipe.seed) != (outliers, seed):
+                continue
+            if _found(earlier, {**identity, "recipe": recipe.to_dict()}, outliers) is None:
                 key = (recipe.calibration, recipe.calibration_tokens, recipe.seqlen, recipe.seed)
                 if key not in drawn:
                     drawn[key] = calibrate(source, recipe)
                 said = _named(progress, recipe)
-                row = evaluate_recipe(source, recipe, drawn[key], windows, said)
-                row = _with(row, identity, recipe)
-            rows.append(row)
-            save(record())
+                add(evaluate_recipe(source, recipe, drawn[key], windows, said), recipe)
             finished += 1
             progress("compare", finished, len(recipes))
-    return record()
+    return Results(rows=tuple(rows), versions=now)
 
 
 def evaluate_recipe(
@@ -134,7 +132,7 @@ def evaluate_recipe(
     )
 
 
-def _found(rows: list[Row], wanted: dict[str, object], outliers: str | None) -> Row | None:
+def _found(rows: Sequence[Row], wanted: dict[str, object], outliers: str | None) -> Row | None:
     """The finished row of a recipe on this model and text.
 
     Raises:
@@ -153,11 +151,6 @@ def _found(rows: list[Row], wanted: dict[str, object], outliers: str | None) -> 
         if found == wanted and row.outliers == outliers:
             return row
     return None
-
-
-def _with(row: Row, identity: dict[str, object], recipe: Recipe | None) -> Row:
-    row.provenance.update(identity, recipe=None if recipe is None else recipe.to_dict())
-    return row
 
 
 def _named(progress: Progress, recipe: Recipe) -> Progress:

@@ -176,8 +176,9 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def to_toml(recipe: Recipe, plan: EvaluationPlan | None = None) -> str:
     """A recipe, and maybe a plan, as a file that `read_settings` reads back."""
-    tables = {k: v for k, v in recipe.to_dict().items() if isinstance(v, dict)}
-    lines = [_line(k, v) for k, v in recipe.to_dict().items() if k not in tables and v is not None]
+    choices = recipe.to_dict()
+    tables = {k: v for k, v in choices.items() if isinstance(v, dict)}
+    lines = [_line(k, v) for k, v in choices.items() if k not in tables and v is not None]
     if plan is not None:
         tables["evaluation"] = {k: v for k, v in asdict(plan).items() if v is not None}
     for name, table in tables.items():

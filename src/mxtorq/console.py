@@ -138,7 +138,16 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
             why="its rows may have taken hours and would be overwritten",
             todo="name another file, or go on with that record: `mxtorq compare --resume`",
         )
-    return Results.from_json(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            asked=f"to go on with the record {path}",
+            found=f"{type(error).__name__}: {error}",
+            why="it cannot be read as a record of `mxtorq compare`",
+            todo="name the file that --json wrote, or another one to start with",
+        ) from error
+    return Results.from_json(text)
 
 
 def keep_record(path: Path | None, results: Results, done: Results | None) -> None:

@@ -50,7 +50,7 @@ def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
     blocks = as_blocks(values)
     packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=values.device)
     scales = torch.empty(len(blocks), dtype=torch.uint8, device=values.device)
-    for here in _chunks(blocks):
+    for here in chunks(blocks):
         scaled, scales[here] = _scaled(blocks[here].float(), rule)
         packed[here] = e2m1.pack(e2m1.encode(scaled))
     packed.index_fill_(0, (scales == E8M0_NAN).nonzero().flatten(), 0)
@@ -86,7 +86,7 @@ def dequantize(quantized: MXFP4, dtype: torch.dtype = torch.float32) -> Float[Te
         )
     rows, blocks = packed.reshape(-1, BLOCK // 2), scales.reshape(-1)
     values = torch.empty(len(blocks), BLOCK, dtype=dtype, device=packed.device)
-    for here in _chunks(blocks):
+    for here in chunks(blocks):
         scale = e8m0.decode(blocks[here])[:, None]
         if dtype == torch.float64:
             values[here] = e2m1.decode_packed(rows[here], torch.float32).double() * scale
@@ -105,13 +105,14 @@ def fake_quantize(
     """
     blocks = as_blocks(values, (torch.float32, torch.bfloat16))
     out = torch.empty_like(blocks)
-    for here in _chunks(blocks):
+    for here in chunks(blocks):
         scaled, scales = _scaled(blocks[here].float(), rule)
         out[here] = e2m1.nearest(scaled).mul_(e8m0.decode(scales)[:, None])
     return out.view(values.shape)
 
 
-def _chunks(blocks: Tensor) -> Iterator[slice]:
+def chunks(blocks: Tensor) -> Iterator[slice]:
+    """The first axis in steps whose scratch fits the caches (`CHUNK_BLOCKS`)."""
     step = CHUNK_BLOCKS if blocks.device.type == "cpu" else 128 * CHUNK_BLOCKS
     return (slice(start, start + step) for start in range(0, len(blocks), step))
 

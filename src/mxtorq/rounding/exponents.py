@@ -19,7 +19,7 @@ from torch import Tensor
 from mxtorq.errors import UsageError
 from mxtorq.formats import e2m1, e8m0
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import CHUNK_BLOCKS
+from mxtorq.formats.mxfp4 import chunks
 from mxtorq.formats.scales import Scale, block_scales
 from mxtorq.formats.spec import E8M0_MAX
 
@@ -76,9 +76,7 @@ def search_exponents(blocks: Float32[Tensor, "n 32"], rule: ScaleRule) -> Float3
     Bytes stay within 0..254. NaN where a block holds NaN or Inf.
     """
     scales = torch.empty(len(blocks), dtype=torch.float32, device=blocks.device)
-    step = CHUNK_BLOCKS if blocks.device.type == "cpu" else 128 * CHUNK_BLOCKS
-    for start in range(0, len(blocks), step):
-        here = slice(start, start + step)
+    for here in chunks(blocks):
         scales[here] = _search(blocks[here], rule)
     return scales
 

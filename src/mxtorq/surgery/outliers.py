@@ -30,8 +30,6 @@ from mxtorq.surgery.rescale import rescale_site_, source_width
 SMALLEST = 0.0625
 """Profile values below this (dead channels of the real model) are raised to it."""
 
-_RESIDUAL = (SiteName.QKV_IN, SiteName.GATE_UP_IN)
-
 
 def profiles() -> dict[str, Any]:
     """The profiles that travel with the package, by name."""
@@ -72,11 +70,11 @@ def add_outliers_(model: nn.Module, family: Family, name: str, seed: int) -> Non
     for index, layer in enumerate(layers):
         for site in family.sites:
             width = source_width(layer, site)
-            if site.name in _RESIDUAL and width in placements:
+            if site.reads_residual and width in placements:
                 placement = placements[width]
             else:
                 placement = torch.randperm(width, generator=draw)
-                if site.name in _RESIDUAL:
+                if site.reads_residual:
                     placements[width] = placement
             factors = channel_factors(known[name], (index + 0.5) / len(layers), site.name, width)
             first = next(layer.parameters())

@@ -39,7 +39,7 @@ def rescale_site_(
     layer: nn.Module,
     site: Site,
     factors: Float[Tensor, " channels"],
-    head_dim: int = 1,
+    head_dim: int,
     kept: torch.dtype | None = None,
 ) -> Float[Tensor, " channels"]:
     """Multiply the site's channels by ``factors`` and divide the readers' columns by them.
@@ -101,7 +101,8 @@ def merge_diagonal_(
     if not isinstance(first, Diagonal) or source_width(layer, site) != first.width:
         return transform, None
     wanted = first.factors.to(next(layer.parameters()).dtype)
-    applied = rescale_site_(layer, site, wanted, kept=kept)
+    # Every channel has its own source here, so that no head is repeated: one head of all channels.
+    applied = rescale_site_(layer, site, wanted, head_dim=len(wanted), kept=kept)
     rest = chain(*links[1:]) if len(links) > 1 else Identity(first.width)
     return rest, applied.double()
 

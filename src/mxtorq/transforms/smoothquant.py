@@ -14,12 +14,12 @@ an outlier channel is large no longer hurts channels outside of its block.
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mxtorq.models.family import SiteName
+from mxtorq.models.family import GATED_DECODER_SITES
 from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
 from mxtorq.transforms.rotation import Identity
 from mxtorq.transforms.smoothing import Reader, require_strength, smoothing
 
-AFTER_NORMS = frozenset({SiteName.QKV_IN, SiteName.GATE_UP_IN})
+AFTER_NORMS = frozenset(site.name for site in GATED_DECODER_SITES if site.reads_residual)
 
 
 class Sites(StrEnum):
