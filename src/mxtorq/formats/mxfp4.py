@@ -58,57 +58,58 @@ def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
     return MXFP4(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
 
 
-def dequantize(quantized: MXFP4, dtype: torch.dtype = torch.float32) -> Float[Tensor, "*rows d"]:
+def dequantize(
+    quantized: MXFP4,
+    dtype: torch.dtype = torch.float32,
+    out: Float[Tensor, "*rows d"] | None = None,
+) -> Float[Tensor, "*rows d"]:
     """The values of an MXFP4 tensor. Exact in float32 and bfloat16 up to their largest finite value
     (a scale of 2^126 or more can make an element exceed it: that becomes Inf); NaN where the scale
     byte is 255.
 
     Raises:
-        FormatError: the two parts do not belong together, or a float16 was asked for (its range
-            cannot hold E8M0 scales).
+        FormatError: the two parts do not belong together, a float16 was asked for (its range
+            cannot hold E8M0 scales), or ``out`` does not fit.
     """
+    check_parts(quantized, dtype)
     packed, scales = quantized
-    expected = (*scales.shape[:-1], scales.shape[-1] * BLOCK // 2) if scales.dim() else None
-    if packed.shape != expected or {packed.dtype, scales.dtype} != {torch.uint8}:
-        raise FormatError(
-            asked="the values of an MXFP4 tensor",
-            found=f"packed codes {packed.dtype} {tuple(packed.shape)} and scales {scales.dtype} "
-            f"{tuple(scales.shape)}",
-            why="each scale byte belongs to 16 bytes of codes along the last axis",
-            todo="pass the two tensors of one weight",
-        )
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise FormatError(
-            asked=f"MXFP4 values as {dtype}",
-            found="scales from 2^-127 to 2^127",
-            why="only float32, bfloat16 and float64 have that range",
-            todo="ask for one of them and cast afterwards",
-        )
+    shape = torch.Size((*packed.shape[:-1], packed.shape[-1] * 2))
+    result = check_out(out, shape, dtype, packed.device)
+    values = result.view(-1, BLOCK)
     rows, blocks = packed.reshape(-1, BLOCK // 2), scales.reshape(-1)
-    values = torch.empty(len(blocks), BLOCK, dtype=dtype, device=packed.device)
     for here in chunks(blocks):
         scale = e8m0.decode(blocks[here])[:, None]
         if dtype == torch.float64:
             values[here] = e2m1.decode_packed(rows[here], torch.float32).double() * scale
         else:
             torch.mul(e2m1.decode_packed(rows[here], dtype), scale.to(dtype), out=values[here])
-    return values.view(*packed.shape[:-1], packed.shape[-1] * 2)
+    return result
 
 
 def fake_quantize(
-    values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
+    values: Float[Tensor, "*rows d"],
+    rule: ScaleRule = ScaleRule.FLOOR,
+    out: Float[Tensor, "*rows d"] | None = None,
 ) -> Float[Tensor, "*rows d"]:
     """`dequantize(quantize(values, rule))` in the dtype of ``values``, without the packed copy.
 
+    Args:
+        values: float32 or bfloat16.
+        rule: how scales are chosen.
+        out: memory for the result, which may be that of ``values``. Touching fresh memory takes
+            longer than rounding what goes there.
+
     Raises:
-        FormatError: as `quantize`; float16 too, whose range cannot hold every result.
+        FormatError: as `quantize`; float16 too, whose range cannot hold every result; or ``out``
+            does not fit.
     """
     blocks = as_blocks(values, (torch.float32, torch.bfloat16))
-    out = torch.empty_like(blocks)
+    result = check_out(out, values.shape, values.dtype, values.device)
+    target = result.view(-1, BLOCK)
     for here in chunks(blocks):
         scaled, scales = _scaled(blocks[here].float(), rule)
-        out[here] = e2m1.nearest(scaled).mul_(e8m0.decode(scales)[:, None])
-    return out.view(values.shape)
+        target[here] = e2m1.nearest(scaled).mul_(e8m0.decode(scales)[:, None])
+    return result
 
 
 def chunks(blocks: Tensor) -> Iterator[slice]:
@@ -145,3 +146,49 @@ def as_blocks(values: Tensor, dtypes: tuple[torch.dtype, ...] = _FLOATS) -> Tens
             todo=f"pad or choose a tensor whose last axis is a multiple of {BLOCK}",
         )
     return values.reshape(-1, BLOCK)
+
+
+def check_parts(quantized: MXFP4, dtype: torch.dtype) -> None:
+    """Refuse codes and scales of different tensors, or a dtype that cannot hold their values.
+
+    Raises:
+        FormatError: with the shapes, or with the dtypes that can.
+    """
+    packed, scales = quantized
+    expected = (*scales.shape[:-1], scales.shape[-1] * BLOCK // 2) if scales.dim() else None
+    if packed.shape != expected or {packed.dtype, scales.dtype} != {torch.uint8}:
+        raise FormatError(
+            asked="the values of an MXFP4 tensor",
+            found=f"packed codes {packed.dtype} {tuple(packed.shape)} and scales {scales.dtype} "
+            f"{tuple(scales.shape)}",
+            why="each scale byte belongs to 16 bytes of codes along the last axis",
+            todo="pass the two tensors of one weight",
+        )
+    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise FormatError(
+            asked=f"MXFP4 values as {dtype}",
+            found="scales from 2^-127 to 2^127",
+            why="only float32, bfloat16 and float64 have that range",
+            todo="ask for one of them and cast afterwards",
+        )
+
+
+def check_out(
+    out: Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``out``, or fresh memory.
+
+    Raises:
+        FormatError: ``out`` is not contiguous, or of another shape, dtype or device.
+    """
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    if (out.shape, out.dtype, out.device) != (shape, dtype, device) or not out.is_contiguous():
+        raise FormatError(
+            asked=f"a result {dtype} {tuple(shape)} on {device}",
+            found=f"an out {out.dtype} {tuple(out.shape)} on {out.device}, "
+            f"{'' if out.is_contiguous() else 'not '}contiguous",
+            why="the result is written there as it is",
+            todo="pass a contiguous tensor of that shape, dtype and device, or none",
+        )
+    return out

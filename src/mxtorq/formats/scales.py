@@ -79,16 +79,21 @@ def block_scales(blocks: Float32[Tensor, "*shape 32"], scale: Scale) -> Float32[
     return level.masked_fill(~finite, torch.nan)
 
 
-def fake_quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> Float[Tensor, "*rows d"]:
+def fake_quantize(
+    values: Float[Tensor, "*rows d"],
+    scale: Scale,
+    out: Float[Tensor, "*rows d"] | None = None,
+) -> Float[Tensor, "*rows d"]:
     """Values rounded to E2M1 under either kind of scale, in their own dtype.
 
     Raises:
         FormatError: as `mxfp4.fake_quantize`: the dtype has to be float32 or bfloat16.
     """
     if isinstance(scale, ScaleRule):
-        return mxfp4.fake_quantize(values, scale)
+        return mxfp4.fake_quantize(values, scale, out)
     mxfp4.as_blocks(values, (torch.float32, torch.bfloat16))
-    return dequantize(quantize(values, scale)).to(values.dtype)
+    result = mxfp4.check_out(out, values.shape, values.dtype, values.device)
+    return result.copy_(dequantize(quantize(values, scale)))
 
 
 def quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> MXFP4 | ScaledE2M1:

@@ -11,10 +11,17 @@ serve is an error, never replaced by another.
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mxtorq.errors import UsageError
+from mxtorq.formats import mxfp4, scales
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import Scale, ScaledE2M1
 
 
 class Backend(StrEnum):
@@ -73,3 +80,71 @@ def pick(backend: Backend | str, device: torch.device) -> Backend:
             todo="move the tensor, or use backend='auto'",
         )
     return asked
+
+
+def quantize(
+    values: Float[Tensor, "*rows d"],
+    scale: Scale = ScaleRule.FLOOR,
+    *,
+    backend: Backend | str = Backend.AUTO,
+) -> MXFP4 | ScaledE2M1:
+    """A tensor rounded to nearest: MXFP4 under a rule of the format, else E2M1 under other scales.
+
+    Raises:
+        FormatError: as `formats.mxfp4.quantize`.
+        UsageError: as `pick`.
+    """
+    if not isinstance(scale, ScaleRule):
+        return scales.quantize(values, scale)
+    return _format(backend, values).quantize(values, scale)
+
+
+def fake_quantize(
+    values: Float[Tensor, "*rows d"],
+    scale: Scale = ScaleRule.FLOOR,
+    *,
+    out: Float[Tensor, "*rows d"] | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Float[Tensor, "*rows d"]:
+    """The values of `quantize`, in the dtype of ``values``.
+
+    Raises:
+        FormatError: as `formats.mxfp4.fake_quantize`.
+        UsageError: as `pick`.
+    """
+    if not isinstance(scale, ScaleRule):
+        return scales.fake_quantize(values, scale, out)
+    return _format(backend, values).fake_quantize(values, scale, out)
+
+
+def dequantize(
+    quantized: MXFP4 | ScaledE2M1,
+    dtype: torch.dtype = torch.float32,
+    *,
+    out: Float[Tensor, "*rows d"] | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Float[Tensor, "*rows d"]:
+    """The values of a quantized tensor, exact; ``dtype`` is for MXFP4 alone.
+
+    Raises:
+        FormatError: as `formats.mxfp4.dequantize`.
+        UsageError: as `pick`.
+    """
+    if isinstance(quantized, ScaledE2M1):
+        return scales.dequantize(quantized)
+    chosen: Backend | str = Backend.EAGER if dtype == torch.float64 else backend
+    return _format(chosen, quantized.packed).dequantize(quantized, dtype, out)
+
+
+def _format(backend: Backend | str, values: Tensor) -> ModuleType:
+    """The module that has quantize, fake_quantize and dequantize."""
+    chosen = pick(backend, values.device)
+    if chosen is Backend.NUMBA:
+        from mxtorq.kernels.numba import mxfp4 as fast
+
+        return fast
+    if chosen is Backend.TRITON:
+        from mxtorq.kernels.triton import mxfp4 as fast
+
+        return fast
+    return mxfp4

@@ -5,8 +5,9 @@ processes, beside the source or in the user's cache folder. ``error_model="numpy
 for a division by zero that Python asks for. Fast math stays off: no product is fused with a sum, no
 sum is reordered, and NaN means NaN, so a kernel has the bits of the same lines in NumPy.
 
-numba notices that a kernel's own file has changed, not that a kernel which it calls from another
-file has. So a kernel calls kernels of its own file only.
+numba notices that a kernel's own file has changed, not that what it calls from another file has. So
+kernels call kernels of their own file, and the vocabulary of `lanes` alone beside them: whoever
+edits that deletes the ``__pycache__`` here.
 """
 
 import inspect
