@@ -24,7 +24,8 @@ from mxtorq.calibration.capture import (
 from mxtorq.config import Recipe
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.export.manifest import SiteEntry
-from mxtorq.formats.scales import Scale, fake_quantize
+from mxtorq.formats.scales import Scale
+from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.loading.source import Source
 from mxtorq.models.family import Family, Site
 from mxtorq.surgery.fuse import quantize_site_, require_fit

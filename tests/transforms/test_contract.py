@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import oracles
 from mxtorq.config import parse_method
 from mxtorq.errors import FormatError
+from mxtorq.kernels import dispatch
 from mxtorq.transforms import KINDS, METHODS
 from mxtorq.transforms.base import Rotation, SiteStatistics, Transform, TransformMethod
 from mxtorq.transforms.rotation import BlockRotation, require_orthogonal
@@ -88,8 +89,11 @@ def test_it_serialises(transform: Transform) -> None:
     assert again.multiply_adds == transform.multiply_adds
 
 
-def test_the_counted_cost_is_the_measured_one(transform: Transform) -> None:
+def test_the_counted_cost_is_the_measured_one(
+    transform: Transform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Multiplications of one token, counted where torch executes them."""
+    monkeypatch.setattr(dispatch, "_installed", lambda backend: False)
     with Multiplications() as counted:
         transform.apply(torch.randn(1, WIDTH))
     assert counted.total == transform.multiply_adds

@@ -114,8 +114,13 @@ def fake_quantize(
 
 def chunks(blocks: Tensor) -> Iterator[slice]:
     """The first axis in steps whose scratch fits the caches (`CHUNK_BLOCKS`)."""
-    step = CHUNK_BLOCKS if blocks.device.type == "cpu" else 128 * CHUNK_BLOCKS
+    step = chunk_blocks(blocks.device)
     return (slice(start, start + step) for start in range(0, len(blocks), step))
+
+
+def chunk_blocks(device: torch.device) -> int:
+    """Blocks that one step works on."""
+    return CHUNK_BLOCKS if device.type == "cpu" else 128 * CHUNK_BLOCKS
 
 
 def _scaled(

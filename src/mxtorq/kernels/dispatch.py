@@ -10,18 +10,20 @@ serve is an error, never replaced by another.
 
 from enum import StrEnum
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from mxtorq.errors import UsageError
-from mxtorq.formats import mxfp4, scales
+from mxtorq.formats import scales
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale, ScaledE2M1
+from mxtorq.kernels import eager
 
 
 class Backend(StrEnum):
@@ -96,7 +98,8 @@ def quantize(
     """
     if not isinstance(scale, ScaleRule):
         return scales.quantize(values, scale)
-    return _format(backend, values).quantize(values, scale)
+    result: MXFP4 = _format(backend, values).quantize(values, scale)
+    return result
 
 
 def fake_quantize(
@@ -114,7 +117,8 @@ def fake_quantize(
     """
     if not isinstance(scale, ScaleRule):
         return scales.fake_quantize(values, scale, out)
-    return _format(backend, values).fake_quantize(values, scale, out)
+    result: Tensor = _format(backend, values).fake_quantize(values, scale, out)
+    return result
 
 
 def dequantize(
@@ -133,18 +137,114 @@ def dequantize(
     if isinstance(quantized, ScaledE2M1):
         return scales.dequantize(quantized)
     chosen: Backend | str = Backend.EAGER if dtype == torch.float64 else backend
-    return _format(chosen, quantized.packed).dequantize(quantized, dtype, out)
+    result: Tensor = _format(chosen, quantized.packed).dequantize(quantized, dtype, out)
+    return result
 
 
-def _format(backend: Backend | str, values: Tensor) -> ModuleType:
-    """The module that has quantize, fake_quantize and dequantize."""
+def rotate(
+    values: Float[Tensor, "*rows d"],
+    matrices: Float[Tensor, "m 32 32"],
+    *,
+    out: Float[Tensor, "*rows d"] | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Float[Tensor, "*rows d"]:
+    """Each MX block times its matrix, in the dtype of ``values``; kernels serve float32.
+
+    Args:
+        values: what is rotated.
+        matrices: one for all blocks, or d / 32 of them; cast to the dtype of ``values``.
+        out: memory for the result.
+        backend: who computes. Sums of 32 terms are rounded in the order of the backend.
+
+    Raises:
+        FormatError: 32 does not divide d, or ``out`` does not fit.
+        UsageError: as `pick`.
+    """
+    chosen = pick(backend, values.device)
+    if chosen is Backend.NUMBA and values.dtype == torch.float32 and not _wants_gradient(values):
+        from mxtorq.kernels.numba.rotate import rotate as fast
+
+        return fast(values, matrices.float(), out)
+    return eager.rotate(values, matrices, out)
+
+
+def rotate_fake_quantize(
+    values: Float[Tensor, "*rows d"],
+    matrices: Float[Tensor, "m 32 32"],
+    scale: ScaleRule = ScaleRule.FLOOR,
+    *,
+    out: Float[Tensor, "*rows d"] | None = None,
+    backend: Backend | str = Backend.AUTO,
+) -> Float[Tensor, "*rows d"]:
+    """`rotate` in float32, then `fake_quantize`, in the dtype of ``values`` (float32, bfloat16).
+
+    Raises:
+        FormatError: as `rotate` and `fake_quantize`.
+        UsageError: as `pick`.
+    """
     chosen = pick(backend, values.device)
     if chosen is Backend.NUMBA:
-        from mxtorq.kernels.numba import mxfp4 as fast
+        from mxtorq.kernels.numba.rotate import rotate_fake_quantize as fast
 
-        return fast
-    if chosen is Backend.TRITON:
-        from mxtorq.kernels.triton import mxfp4 as fast
+        return fast(values, matrices.float(), scale, out)
+    return eager.rotate_fake_quantize(values, matrices, scale, out)
 
-        return fast
-    return mxfp4
+
+def rotate_quantize(
+    values: Float[Tensor, "*rows d"],
+    matrices: Float[Tensor, "m 32 32"],
+    scale: ScaleRule = ScaleRule.FLOOR,
+    *,
+    backend: Backend | str = Backend.AUTO,
+) -> MXFP4:
+    """`rotate` in float32, then `quantize`.
+
+    Raises:
+        FormatError: as `rotate` and `quantize`.
+        UsageError: as `pick`.
+    """
+    chosen = pick(backend, values.device)
+    if chosen is Backend.NUMBA:
+        from mxtorq.kernels.numba.rotate import rotate_quantize as fast
+
+        return fast(values, matrices.float(), scale)
+    return eager.rotate_quantize(values, matrices, scale)
+
+
+def multiplies_packed(activations: Float[Tensor, "*tokens d"]) -> bool:
+    """Whether `multiply_packed` is there for these, and faster than a dequantized weight."""
+    if activations.dtype != torch.float32 or _wants_gradient(activations):
+        return False
+    if pick(Backend.AUTO, activations.device) is not Backend.NUMBA:
+        return False
+    from mxtorq.kernels.numba.matmul import LIMIT
+
+    return activations.shape[:-1].numel() <= LIMIT
+
+
+def multiply_packed(
+    activations: Float32[Tensor, "*tokens d"], weight: MXFP4, bias: Tensor | None = None
+) -> Float32[Tensor, "*tokens d_out"]:
+    """x W^T + b on a CPU with W as its codes, without dequantizing it in memory.
+
+    Raises:
+        UsageError: numba is not installed.
+    """
+    pick(Backend.NUMBA, activations.device)
+    from mxtorq.kernels.numba.matmul import multiply
+
+    return multiply(activations, weight, bias)
+
+
+def _wants_gradient(values: Tensor) -> bool:
+    return torch.is_grad_enabled() and values.requires_grad
+
+
+def _format(backend: Backend | str, values: Tensor) -> Any:
+    """The module that has quantize, fake_quantize and dequantize."""
+    homes = {
+        Backend.EAGER: "mxtorq.formats.mxfp4",
+        Backend.NUMBA: "mxtorq.kernels.numba.mxfp4",
+        Backend.TRITON: "mxtorq.kernels.triton.mxfp4",
+    }
+    return import_module(homes[pick(backend, values.device)])

@@ -20,6 +20,7 @@ from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models import FAMILIES
 from mxtorq.models.family import find_family
 from mxtorq.surgery.linear import MXFP4Linear, linear_at
+from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 
@@ -76,14 +77,15 @@ def build_model(contents: Contents, name: str) -> nn.Module:
     tensors = dict(contents.tensors)
     for entry in contents.manifest.sites:
         transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
+        rule = ScaleRule(contents.manifest.scale_rules["activations"])
+        shared = SiteInput(transform, rule, len(entry.linears))
         for linear in entry.linears:
             codes = MXFP4(
                 _take(tensors, f"{linear}.weight_packed"), _take(tensors, f"{linear}.weight_scale")
             )
             bias = tensors.pop(f"{linear}.bias", None)
-            rule = ScaleRule(contents.manifest.scale_rules["activations"])
             _require_shape(linear_at(model, linear), codes, linear)
-            model.set_submodule(linear, MXFP4Linear(codes, bias, transform, rule))
+            model.set_submodule(linear, MXFP4Linear(codes, bias, shared))
     outcome = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
     still_empty = [key for key, value in model.state_dict().items() if value.is_meta]

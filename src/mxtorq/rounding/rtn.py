@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mxtorq.formats import e2m1
 from mxtorq.formats.mxfp4 import MXFP4, as_blocks
-from mxtorq.formats.scales import Scale, ScaledE2M1, assemble, quantize
+from mxtorq.formats.scales import Scale, ScaledE2M1, assemble
+from mxtorq.kernels.dispatch import quantize
 from mxtorq.rounding.base import Rounding, require_finite
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 

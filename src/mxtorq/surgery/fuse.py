@@ -17,6 +17,7 @@ from mxtorq.surgery.linear import (
     fused_weight,
     linear_at,
 )
+from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms.base import Transform
 
 
@@ -36,14 +37,15 @@ def quantize_site_(
     scale: Scale,
 ) -> None:
     """Replace a site's linears by quantized ones with the codes in ``weights`` (by linear)."""
+    shared = SiteInput(transform, scale, len(site.linears))
     for path in site.linears:
         bias = linear_at(layer, path).bias
         kept = None if bias is None else bias.detach()
         codes = weights[path]
         if isinstance(codes, MXFP4) and isinstance(scale, ScaleRule):
-            layer.set_submodule(path, MXFP4Linear(codes, kept, transform, scale))
+            layer.set_submodule(path, MXFP4Linear(codes, kept, shared))
         elif isinstance(codes, ScaledE2M1) and isinstance(scale, NonOCPScale):
-            layer.set_submodule(path, NonOCPLinear(codes, kept, transform, scale))
+            layer.set_submodule(path, NonOCPLinear(codes, kept, shared))
         else:
             raise FormatError(
                 asked=f"{path} with activations under {scale}",

@@ -10,14 +10,17 @@ under scales that no matrix unit has: it can be evaluated and not be exported.
 
 from typing import Any
 
+import psutil
+import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
-from mxtorq.formats import scales
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, dequantize, fake_quantize
-from mxtorq.formats.scales import NonOCPScale, ScaledE2M1
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import Scale, ScaledE2M1
+from mxtorq.kernels.dispatch import dequantize, multiplies_packed, multiply_packed
+from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms.base import Transform
 
 
@@ -45,7 +48,9 @@ class MXFP4Linear(nn.Module):
     """A linear with MXFP4 weights and activations (W4A4), emulated on any device.
 
     The transform and the rounding of activations run in float32 whatever the input's dtype is; the
-    product runs in the input's dtype.
+    product runs in the input's dtype. The weight is dequantized for each call unless
+    ``keeps_weight`` is set (`keep_weights_`); otherwise a few tokens on a CPU are multiplied with
+    the packed weight itself.
     """
 
     weight_packed: Tensor
@@ -53,20 +58,39 @@ class MXFP4Linear(nn.Module):
     bias: Tensor | None
 
     def __init__(
-        self, weight: MXFP4, bias: Tensor | None, transform: Transform, rule: ScaleRule
+        self,
+        weight: MXFP4,
+        bias: Tensor | None,
+        transform: Transform | SiteInput,
+        rule: ScaleRule | None = None,
     ) -> None:
         """Args:
         weight: the codes of W T^-T, [d_out, d].
         bias: as the linear had it, or None.
-        transform: T, applied to the input.
-        rule: the scale rule of the activations.
+        transform: T, applied to the input; or what this linear shares with others of its site.
+        rule: the scale rule of the activations, for a T of its own.
         """
         super().__init__()
         self.register_buffer("weight_packed", weight.packed)
         self.register_buffer("weight_scale", weight.e8m0)
         self.register_buffer("bias", bias)
-        self.transform = transform
-        self.rule = rule
+        self.input = (
+            transform
+            if isinstance(transform, SiteInput)
+            else SiteInput(transform, rule or ScaleRule.FLOOR)
+        )
+        self.keeps_weight = False
+        self._kept: Tensor | None = None
+
+    @property
+    def transform(self) -> Transform:
+        """T."""
+        return self.input.transform
+
+    @property
+    def rule(self) -> Scale:
+        """The scale rule of the activations."""
+        return self.input.scale
 
     @property
     def in_features(self) -> int:
@@ -82,14 +106,23 @@ class MXFP4Linear(nn.Module):
         return MXFP4(self.weight_packed, self.weight_scale)
 
     def forward(self, inputs: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
-        activations = fake_quantize(self.transform.apply(inputs.float()), self.rule)
-        weight = dequantize(self.weight_mxfp4, inputs.dtype)
-        return nn.functional.linear(activations.to(inputs.dtype), weight, self.bias)
+        activations = self.input(inputs)
+        if not self.keeps_weight and multiplies_packed(activations):
+            return multiply_packed(activations, self.weight_mxfp4, self.bias)
+        return nn.functional.linear(activations, self._weight(inputs.dtype), self.bias)
+
+    def _weight(self, dtype: torch.dtype) -> Tensor:
+        if self._kept is not None and self._kept.dtype == dtype:
+            return self._kept
+        weight = dequantize(self.weight_mxfp4, dtype)
+        if self.keeps_weight:
+            self._kept = weight
+        return weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MXFP4Linear":
-        # A transform is a float64 value, not a buffer: `.to(dtype)` must not round it.
         super()._apply(fn, recurse)
-        self.transform = self.transform.to(self.weight_packed.device)
+        self.input.to_(self.weight_packed.device)
+        self._kept = None
         return self
 
     def extra_repr(self) -> str:
@@ -105,19 +138,39 @@ class NonOCPLinear(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(
-        self, weight: ScaledE2M1, bias: Tensor | None, transform: Transform, scale: NonOCPScale
-    ) -> None:
+    def __init__(self, weight: ScaledE2M1, bias: Tensor | None, input: SiteInput) -> None:
         super().__init__()
-        self.register_buffer("weight", scales.dequantize(weight))
+        self.register_buffer("weight", dequantize(weight))
         self.register_buffer("bias", bias)
-        self.transform = transform
-        self.scale = scale
+        self.input = input
 
     def forward(self, inputs: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
-        activations = scales.fake_quantize(self.transform.apply(inputs.float()), self.scale)
         weight = self.weight.to(inputs.dtype)
-        return nn.functional.linear(activations.to(inputs.dtype), weight, self.bias)
+        return nn.functional.linear(self.input(inputs), weight, self.bias)
+
+
+def keep_weights_(model: nn.Module, limit: int | None = None) -> int:
+    """Let MXFP4 linears keep their dequantized weights after their first call, first come.
+
+    It costs 4 bytes a weight in float32 and 2 in bfloat16, and pays for calls of few tokens: with
+    thousands of tokens dequantizing is lost in the product.
+
+    Args:
+        model: holds the linears.
+        limit: bytes that may be kept; half of the memory that is free now unless given.
+
+    Returns:
+        How many bytes will be kept in the dtype of the model's floating-point parameters.
+    """
+    left = psutil.virtual_memory().available // 2 if limit is None else limit
+    size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
+    kept = 0
+    for module in model.modules():
+        if isinstance(module, MXFP4Linear):
+            needed = module.in_features * module.out_features * size
+            module.keeps_weight = kept + needed <= left
+            kept += needed if module.keeps_weight else 0
+    return kept
 
 
 def linear_at(module: nn.Module, path: str) -> nn.Linear:

@@ -30,8 +30,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import fake_quantize
 from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.models.family import Family, SiteName
 from mxtorq.surgery.linear import linear_at
 from mxtorq.surgery.norms import rms_gain

@@ -106,6 +106,14 @@ class Transform(ABC):
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         """Offline: W T^-T in float64."""
 
+    def split_blocks(self) -> "tuple[Transform | None, Float64[Tensor, 'm 32 32'] | None]":
+        """(rest, matrices): the same map as rest followed by a product within each MX block.
+
+        Kernels fuse that product with the rounding that comes after it. ``matrices`` are one for
+        all blocks or one for each; None stands for no work.
+        """
+        return self, None
+
     @property
     @abstractmethod
     def multiply_adds(self) -> int:

@@ -13,6 +13,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.errors import FormatError
+from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.dispatch import rotate
 from mxtorq.transforms.base import Transform
 
 
@@ -41,8 +43,13 @@ class BlockMatrices(Transform):
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         blocks, size, _ = self.matrices.shape
+        if size == BLOCK:
+            return rotate(values, self.matrices)
         rows = values.reshape(-1, blocks, size).transpose(0, 1)
         return torch.bmm(rows, self.matrices.to(values.dtype)).transpose(0, 1).reshape(values.shape)
+
+    def split_blocks(self) -> tuple[Transform | None, Float64[Tensor, "m 32 32"] | None]:
+        return (None, self.matrices) if self.matrices.shape[1] == BLOCK else (self, None)
 
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         blocks, size, _ = self.matrices.shape

@@ -48,6 +48,12 @@ class Chain(Transform):
             values = link.apply(values)
         return values
 
+    def split_blocks(self) -> tuple[Transform | None, Float64[Tensor, "m 32 32"] | None]:
+        *first, last = self.links
+        rest, matrices = last.split_blocks()
+        before = [*first, *([] if rest is None else [rest])]
+        return (chain(*before) if before else None), matrices
+
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         for link in self.links:
             weight = link.fuse(weight)

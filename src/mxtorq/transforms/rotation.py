@@ -13,7 +13,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.errors import FormatError
-from mxtorq.transforms.base import Rotation, SiteStatistics, TransformMethod
+from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.dispatch import rotate
+from mxtorq.transforms.base import Rotation, SiteStatistics, Transform, TransformMethod
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,9 @@ class Identity(Rotation):
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         return values
+
+    def split_blocks(self) -> tuple[None, None]:
+        return None, None
 
     @property
     def multiply_adds(self) -> int:
@@ -73,9 +78,14 @@ class BlockRotation(Rotation):
         return self.features
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        if len(self.rotation) == BLOCK:
+            return rotate(values, self.rotation[None])
         blocks = values.unflatten(-1, (-1, len(self.rotation)))
         rotated: Tensor = blocks @ self.rotation.to(values.dtype)
         return rotated.flatten(-2)
+
+    def split_blocks(self) -> tuple[Transform | None, Float64[Tensor, "m 32 32"] | None]:
+        return (None, self.rotation[None]) if len(self.rotation) == BLOCK else (self, None)
 
     @property
     def multiply_adds(self) -> int:

@@ -64,7 +64,7 @@ def _vector(element: ir.Type, lanes: int = BLOCK) -> ir.Type:
     return ir.VectorType(element, lanes)
 
 
-def _all(element: ir.Type, value: float, lanes: int = BLOCK) -> ir.Constant:
+def _all(element: ir.Type, value: int | float, lanes: int = BLOCK) -> ir.Constant:
     return ir.Constant(_vector(element, lanes), [value] * lanes)
 
 

@@ -152,9 +152,7 @@ def rotate_quantize(
     return MXFP4(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
 
 
-def _values(
-    values: Tensor, matrices: Tensor, rule: ScaleRule | None, out: Tensor | None
-) -> Tensor:
+def _values(values: Tensor, matrices: Tensor, rule: ScaleRule | None, out: Tensor | None) -> Tensor:
     blocks = as_blocks(values, (torch.float32, torch.bfloat16))
     result = check_out(out, values.shape, values.dtype, values.device)
     wide, lines = len(matrices), bits_of(matrices.reshape(-1, BLOCK))

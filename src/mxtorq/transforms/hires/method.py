@@ -26,8 +26,8 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import fake_quantize
 from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.transforms.base import SiteStatistics, TransformMethod
 from mxtorq.transforms.block_matrices import BlockMatrices
 from mxtorq.transforms.hadamard import sylvester

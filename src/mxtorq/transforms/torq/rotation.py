@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mxtorq.errors import FormatError
 from mxtorq.formats.spec import BLOCK
-from mxtorq.transforms.base import Rotation
+from mxtorq.kernels.dispatch import rotate
+from mxtorq.transforms.base import Rotation, Transform
 from mxtorq.transforms.rotation import require_orthogonal
 from mxtorq.transforms.torq.inter_block import GivensChain
 
@@ -52,9 +53,14 @@ class TwoLevelRotation(Rotation):
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         blocks = self.inter.apply(values.unflatten(-1, (-1, BLOCK)))
-        if self.intra is not None:
-            blocks = blocks @ self.intra.to(values.dtype)
-        return blocks.flatten(-2)
+        values = blocks.flatten(-2)
+        return values if self.intra is None else rotate(values, self.intra[None])
+
+    def split_blocks(self) -> tuple[Transform | None, Float64[Tensor, "m 32 32"] | None]:
+        if self.intra is None:
+            return self, None
+        rest = TwoLevelRotation(self.features, self.inter, None) if len(self.inter) else None
+        return rest, self.intra[None]
 
     @property
     def multiply_adds(self) -> int:
