@@ -25,7 +25,7 @@ def test_auto_takes_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_named_backend_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="'cuda'.*\n.*auto, eager, numba, triton"):
+    with pytest.raises(UsageError, match=r"'cuda'.*\n.*auto, eager, numba, triton"):
         pick("cuda", CPU)
     monkeypatch.setattr(dispatch, "_installed", lambda backend: True)
     with pytest.raises(UsageError, match="kernels for cuda devices"):

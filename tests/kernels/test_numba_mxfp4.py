@@ -122,8 +122,10 @@ def test_what_is_refused_is_what_eager_refuses() -> None:
                 quantize(bad)
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
-    with pytest.raises(FormatError, match="an out torch.float32 \\(32,\\) on cpu"):
-        fast.fake_quantize(torch.randn(2, 32), out=torch.empty(32))
+    with pytest.raises(FormatError, match="on cpu, not contiguous"):
+        fast.fake_quantize(torch.randn(2, 32), out=torch.empty(32, 2).T)
+    with pytest.raises(FormatError, match=r"an out torch\.bfloat16"):
+        fast.fake_quantize(torch.randn(2, 32), out=torch.empty(2, 32).bfloat16())
     with pytest.raises(FormatError, match="each scale byte belongs to 16 bytes"):
         fast.dequantize(MXFP4(torch.zeros(17).byte(), torch.zeros(1).byte()))
 

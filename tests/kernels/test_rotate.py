@@ -83,7 +83,7 @@ def test_given_memory(backend: str) -> None:
     rotate_fake_quantize(values, rotations, out=values, backend=backend)
     assert torch.equal(values, expected)
     with pytest.raises(FormatError, match="an out"):
-        rotate(values, rotations, out=torch.empty(3), backend=backend)
+        rotate(values, rotations, out=torch.empty(64, 9).T, backend=backend)
 
 
 def test_numba_is_a_chain_of_fused_multiply_adds() -> None:

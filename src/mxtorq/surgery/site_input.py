@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import chunk_blocks
+from mxtorq.formats.mxfp4 import chunk_blocks, fresh
 from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import fake_quantize, rotate_fake_quantize
@@ -67,7 +67,7 @@ class SiteInput:
             values = self.transform.apply(inputs.float())
             return fake_quantize(values, self.scale).to(inputs.dtype)
         tokens = inputs.reshape(-1, inputs.shape[-1])
-        out = torch.empty_like(tokens)
+        out = fresh(tokens.shape, tokens.dtype, tokens.device)
         if self._rest is None:
             self._round_blocks(tokens, out)
         else:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out, check_parts
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out, check_parts, fresh
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.numba.compile import kernel
 from mxtorq.kernels.numba.lanes import (
@@ -93,7 +93,7 @@ def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR
     blocks = as_blocks(values)
     if blocks.dtype == torch.float16:
         blocks = blocks.float()
-    packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8)
+    packed = fresh(torch.Size((len(blocks), BLOCK // 2)), torch.uint8, blocks.device)
     scales = torch.empty(len(blocks), dtype=torch.uint8)
     whole = (bits_of(blocks), ADD[rule], packed.numpy(), scales.numpy())
     over_blocks(_quantize, len(blocks), *whole)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out, fresh
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.numba.compile import kernel
 from mxtorq.kernels.numba.lanes import (
@@ -139,7 +139,7 @@ def rotate_quantize(
         FormatError: as `rotate`.
     """
     blocks = as_blocks(values, (torch.float32, torch.bfloat16))
-    packed = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8)
+    packed = fresh(torch.Size((len(blocks), BLOCK // 2)), torch.uint8, blocks.device)
     scales = torch.empty(len(blocks), dtype=torch.uint8)
     wide, lines = len(matrices), bits_of(matrices.reshape(-1, BLOCK))
     arrays = (bits_of(blocks), wide, lines, ADD[rule], packed.numpy(), scales.numpy())
