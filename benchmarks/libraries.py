@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mxtorq.formats import mxfp4
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels import dispatch
+from mxtorq.kernels.dispatch import Backend
 
 OPERATIONS = ("quantize", "fake_quantize", "dequantize")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -53,16 +54,21 @@ class Library:
         return lambda: convert(values)
 
 
-def ours(rule: ScaleRule) -> Library:
+def ours(rule: ScaleRule, backend: Backend = Backend.AUTO) -> Library:
     """mxtorq under a scale rule."""
     return Library(
-        name="mxtorq",
+        name="mxtorq" if backend is Backend.AUTO else f"mxtorq, {backend}",
         rule=rule,
-        quantize=lambda values: mxfp4.quantize(values, rule),
+        quantize=lambda values: dispatch.quantize(values, rule, backend=backend),
         parts=lambda packed: packed,
-        fake_quantize=lambda values: mxfp4.fake_quantize(values, rule),
-        dequantize=mxfp4.dequantize,
+        fake_quantize=lambda values: dispatch.fake_quantize(values, rule, backend=backend),
+        dequantize=lambda packed, dtype: dispatch.dequantize(packed, dtype, backend=backend),
     )
+
+
+def eager() -> Library:
+    """mxtorq without compiled kernels, as a peer of itself."""
+    return ours(ScaleRule.FLOOR, Backend.EAGER)
 
 
 def torchao() -> Library:
@@ -158,6 +164,7 @@ def ml_dtypes() -> Library:
 
 
 PEERS: dict[str, Callable[[], Library]] = {
+    "mxtorq": eager,
     "torchao": torchao,
     "compressed-tensors": compressed_tensors,
     "ml_dtypes": ml_dtypes,

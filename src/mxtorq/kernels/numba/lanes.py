@@ -28,8 +28,9 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _F32 = ir.FloatType()
 _ABS, _EXPONENT, _ONE, _SIX, _SIGN = 0x7FFFFFFF, 0x7F800000, 0x3F800000, 0x40C00000, 0x80000000
 
-# Adding 2^22 p to a magnitude between p and 2p rounds it as E2M1 does: see `formats.e2m1`.
-_ROUND, _ROUND_TO_CODE = 2.0**22, 2.0**22 + 3.0
+# Added to the bits of a power p these give 2^22 p and (2^22 + 3) p, and adding one of those to a
+# magnitude between p and 2p rounds it as E2M1 does: see `formats.e2m1`.
+_ROUND, _ROUND_TO_CODE = 22 << 23, (22 << 23) + 6
 
 _DOUBLED = 0xC8643210
 """2 x each E2M1 magnitude, a hexadecimal digit each: 0, 1, 2, 3, 4, 6, 8, 12."""
@@ -158,15 +159,15 @@ def amax_bits(typing: Any, bits: Any) -> Any:
     return _function(types.int32(Bits), emit)
 
 
-def _rounded(build: Any, bits: Any, inverse: Any, shift: float) -> tuple[Any, Any]:
-    """|x| * inverse, cut at 6, plus ``shift`` powers of two; and what was added per power."""
+def _rounded(build: Any, bits: Any, inverse: Any, shift: int) -> tuple[Any, Any]:
+    """|x| * inverse, cut at 6, plus a shifted power of two; and that power."""
     highest = f"llvm.{{}}.v{BLOCK}i32"
     magnitude = _floats(build, build.and_(bits, _all(_I32, _ABS)))
     scaled = _bits(build, build.fmul(magnitude, _spread(build, inverse)))
     scaled = _call(build, highest.format("umin"), _vector(_I32), scaled, _all(_I32, _SIX))
     power = build.and_(scaled, _all(_I32, _EXPONENT))
     power = _call(build, highest.format("umax"), _vector(_I32), power, _all(_I32, _ONE))
-    added = build.fmul(_floats(build, power), _all(_F32, shift))
+    added = _floats(build, build.add(power, _all(_I32, shift)))
     return build.fadd(_floats(build, scaled), added), added
 
 

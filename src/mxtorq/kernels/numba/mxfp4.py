@@ -38,38 +38,57 @@ from mxtorq.kernels.numba.pool import over_rows
 LEAST_BLOCKS = 2048
 """Blocks that are worth a thread of their own."""
 
+TOGETHER = 16
+"""Blocks whose scales are chosen before the first of them is rounded."""
+
 _STREAMED_BYTES = 1 << 22
 _ALIGNMENT = 32
 ADD = {rule: np.int32(rule.card.add) for rule in ScaleRule}
 """What `scale_byte` adds under each rule."""
 
 
+# Two loops over a few blocks: the scales of all, then the values of all. In one loop each block
+# would wait for its own scale, a chain of some forty cycles that cannot overlap with the next.
+
+
 @kernel
 def _quantize(blocks: Any, add: Any, packed: Any, scales: Any, start: int, stop: int) -> None:
-    for block in range(start, stop):
-        bits = load(blocks, block)
-        byte = scale_byte(amax_bits(bits), add)
-        scales[block] = byte
-        if byte == 255:
-            packed[block] = 0
-        else:
-            store_packed(packed, block, encode(bits, inverse_power(byte)))
+    inverse = np.empty(TOGETHER, np.float32)
+    for first in range(start, stop, TOGETHER):
+        many = min(TOGETHER, stop - first)
+        for at in range(many):
+            byte = scale_byte(amax_bits(load(blocks, first + at)), add)
+            scales[first + at] = byte
+            inverse[at] = inverse_power(byte)
+        for at in range(many):
+            if scales[first + at] == 255:
+                packed[first + at] = 0
+            else:
+                store_packed(packed, first + at, encode(load(blocks, first + at), inverse[at]))
 
 
 @kernel
 def _fake_quantize(blocks: Any, add: Any, out: Any, start: int, stop: int) -> None:
-    for block in range(start, stop):
-        bits = load(blocks, block)
-        byte = scale_byte(amax_bits(bits), add)
-        store(out, block, nearest(bits, inverse_power(byte), power(byte)))
+    inverse, scale = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
+    for first in range(start, stop, TOGETHER):
+        many = min(TOGETHER, stop - first)
+        for at in range(many):
+            byte = scale_byte(amax_bits(load(blocks, first + at)), add)
+            inverse[at], scale[at] = inverse_power(byte), power(byte)
+        for at in range(many):
+            store(out, first + at, nearest(load(blocks, first + at), inverse[at], scale[at]))
 
 
 @kernel
 def _fake_quantize_stream(blocks: Any, add: Any, out: Any, start: int, stop: int) -> None:
-    for block in range(start, stop):
-        bits = load(blocks, block)
-        byte = scale_byte(amax_bits(bits), add)
-        stream(out, block, nearest(bits, inverse_power(byte), power(byte)))
+    inverse, scale = np.empty(TOGETHER, np.float32), np.empty(TOGETHER, np.float32)
+    for first in range(start, stop, TOGETHER):
+        many = min(TOGETHER, stop - first)
+        for at in range(many):
+            byte = scale_byte(amax_bits(load(blocks, first + at)), add)
+            inverse[at], scale[at] = inverse_power(byte), power(byte)
+        for at in range(many):
+            stream(out, first + at, nearest(load(blocks, first + at), inverse[at], scale[at]))
 
 
 @kernel

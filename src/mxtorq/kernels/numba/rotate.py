@@ -37,63 +37,77 @@ from mxtorq.kernels.numba.mxfp4 import ADD, LEAST_BLOCKS, bits_of
 from mxtorq.kernels.numba.pool import over_rows
 
 TILE = 32
-"""Tokens that meet a matrix before the next one is read: an even number of rows that stay in the
-second-level cache."""
+"""Blocks that are rotated before the first of them is rounded: they stay in a core's first cache."""
+
+_TILE_OF_MANY = 8
+"""The same for matrices of their own, where the blocks of a tile lie a token apart: more of them
+would take each other's places in that cache."""
 
 
 @kernel
-def _pair(blocks: Any, one: int, other: int, matrices: Any, row: int, scratch: Any) -> Any:
-    """Blocks ``one`` and ``other`` times the matrix that begins at ``row``."""
-    store(scratch, 0, load(blocks, one))
-    store(scratch, 1, load(blocks, other))
-    values = scratch.view(np.float32)
-    first, second = spread(np.float32(0)), spread(np.float32(0))
-    for k in range(32):
-        line = load(matrices, row + k)
-        first = fma(spread(values[0, k]), line, first)
-        second = fma(spread(values[1, k]), line, second)
-    return first, second
+def _rotate_tile(
+    blocks: Any, wide: int, place: int, first: int, many: int, matrices: Any, tile: Any
+) -> None:
+    """Block ``place`` of ``many`` tokens times its matrix, into the first rows of ``tile``."""
+    inputs = np.empty((2, 32), np.int32)
+    values, row = inputs.view(np.float32), 32 * place
+    for token in range(0, many, 2):
+        other = min(token + 1, many - 1)
+        store(inputs, 0, load(blocks, (first + token) * wide + place))
+        store(inputs, 1, load(blocks, (first + other) * wide + place))
+        one, two = spread(np.float32(0)), spread(np.float32(0))
+        for k in range(32):
+            line = load(matrices, row + k)
+            one = fma(spread(values[0, k]), line, one)
+            two = fma(spread(values[1, k]), line, two)
+        store(tile, token, one)
+        store(tile, other, two)
 
 
 @kernel
 def _to_values(
     blocks: Any, wide: int, matrices: Any, add: Any, rounds: bool, out: Any, start: int, stop: int
 ) -> None:
-    scratch = np.empty((2, 32), np.int32)
-    for tile in range(start, stop, TILE):
-        last = min(tile + TILE, stop)
+    tile = np.empty((TILE, 32), np.int32)
+    inverse, scale = np.empty(TILE, np.float32), np.empty(TILE, np.float32)
+    step = TILE if wide == 1 else _TILE_OF_MANY
+    for first in range(start, stop, step):
+        many = min(step, stop - first)
         for place in range(wide):
-            for token in range(tile, last, 2):
-                one = token * wide + place
-                other = min(token + 1, last - 1) * wide + place
-                pair = _pair(blocks, one, other, matrices, 32 * place, scratch)
-                for at, bits in ((one, pair[0]), (other, pair[1])):
-                    if rounds:
-                        byte = scale_byte(amax_bits(bits), add)
-                        store(out, at, nearest(bits, inverse_power(byte), power(byte)))
-                    else:
-                        store(out, at, bits)
+            _rotate_tile(blocks, wide, place, first, many, matrices, tile)
+            if rounds:
+                for at in range(many):
+                    byte = scale_byte(amax_bits(load(tile, at)), add)
+                    inverse[at], scale[at] = inverse_power(byte), power(byte)
+                for at in range(many):
+                    rounded = nearest(load(tile, at), inverse[at], scale[at])
+                    store(out, (first + at) * wide + place, rounded)
+            else:
+                for at in range(many):
+                    store(out, (first + at) * wide + place, load(tile, at))
 
 
 @kernel
 def _to_codes(
     blocks: Any, wide: int, matrices: Any, add: Any, packed: Any, scales: Any, start: int, stop: int
 ) -> None:
-    scratch = np.empty((2, 32), np.int32)
-    for tile in range(start, stop, TILE):
-        last = min(tile + TILE, stop)
+    tile = np.empty((TILE, 32), np.int32)
+    inverse = np.empty(TILE, np.float32)
+    step = TILE if wide == 1 else _TILE_OF_MANY
+    for first in range(start, stop, step):
+        many = min(step, stop - first)
         for place in range(wide):
-            for token in range(tile, last, 2):
-                one = token * wide + place
-                other = min(token + 1, last - 1) * wide + place
-                pair = _pair(blocks, one, other, matrices, 32 * place, scratch)
-                for at, bits in ((one, pair[0]), (other, pair[1])):
-                    byte = scale_byte(amax_bits(bits), add)
-                    scales[at] = byte
-                    if byte == 255:
-                        packed[at] = 0
-                    else:
-                        store_packed(packed, at, encode(bits, inverse_power(byte)))
+            _rotate_tile(blocks, wide, place, first, many, matrices, tile)
+            for at in range(many):
+                byte = scale_byte(amax_bits(load(tile, at)), add)
+                scales[(first + at) * wide + place] = byte
+                inverse[at] = inverse_power(byte)
+            for at in range(many):
+                block = (first + at) * wide + place
+                if scales[block] == 255:
+                    packed[block] = 0
+                else:
+                    store_packed(packed, block, encode(load(tile, at), inverse[at]))
 
 
 def rotate(
