@@ -37,7 +37,7 @@ from mxtorq.kernels.numba.mxfp4 import ADD, LEAST_BLOCKS, bits_of
 from mxtorq.kernels.numba.pool import over_rows
 
 TILE = 32
-"""Blocks that are rotated before the first of them is rounded: they stay in a core's first cache."""
+"""Blocks that are rotated before the first is rounded: they stay in a core's first cache."""
 
 _TILE_OF_MANY = 8
 """The same for matrices of their own, where the blocks of a tile lie a token apart: more of them
