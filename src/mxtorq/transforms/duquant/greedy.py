@@ -9,22 +9,30 @@ noted, and of all prefixes R_1 ... R_m the one of smallest peak is the result (m
 Faithful to the released code: the base, one draw of Q' a search, the pooled rows, max - min, the
 best prefix. ``row`` swaps the channel numbered by the outlier's *row* modulo n, as that code does;
 ``column`` swaps the channel that holds the outlier, as the paper says. Decided here: entries within
-the rounding error of an extreme tie with it and the first row counts, since equal tokens give equal
-rows and a BLAS need not round them alike; a longer prefix must be better by more than that.
+the rounding error of an extreme tie with it and the first row counts, so that it does not matter
+how rows were brought about; a longer prefix must be better by more than that. An entry is the sum
+of its products from channel 0 up in float64, so the result is the same on every backend and BLAS.
 
 Fast because a rotation keeps a row's norm and an entry cannot exceed it: rows are visited in the
 order of their norms, and the visit ends where norms fall below both max and -min found so far. What
 ends it is a bound, not a guess, so nothing is missed. With outliers or heavy tails a small part of
-the rows is visited; of Gaussian rows, whose norms are alike, most are.
+the rows is visited; of Gaussian rows, whose norms are alike, most are. torch screens whole chunks
+in float32, and only entries that its rounding leaves in question are summed; numba sums (see
+`kernels.numba.greedy`).
 """
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
+
+from mxtorq.kernels.dispatch import Backend, pick
 
 FIRST_CHUNK, LARGEST_CHUNK = 256, 4096
 """Rows that are rotated together: few at first, then as many as fit a core's caches."""
@@ -88,7 +96,12 @@ def tie_width(largest_norm: float, size: int, steps: int) -> float:
 
 
 def greedy_rotation(
-    rows: Float[Tensor, "rows n"], base: Float64[Tensor, "n n"], *, steps: int, index: Index
+    rows: Float[Tensor, "rows n"],
+    base: Float64[Tensor, "n n"],
+    *,
+    steps: int,
+    index: Index,
+    backend: Backend | str = Backend.AUTO,
 ) -> GreedyFit:
     """The best prefix of ``steps`` greedy steps on pooled rows; the result is on the CPU.
 
@@ -97,69 +110,166 @@ def greedy_rotation(
         base: Rot of `random_base`.
         steps: steps of the search; the prefix has at most as many.
         index: what chooses the channel.
+        backend: who looks for the extremes.
     """
     size = len(base)
-    search = _RowsByNorm(rows.double(), steps)
+    compiled = pick(backend, rows.device) is Backend.NUMBA
+    search = (_Summed if compiled else _Screened)(rows, steps)
     product = best = torch.eye(size, dtype=torch.float64)
+    exchanged: dict[int, Tensor] = {}
     channels: list[int] = []
     peaks: list[float] = []
     lowest, length = math.inf, 0
     for step in range(steps + 1):
-        high, low = search.extremes(product)
-        peaks.append(high - low)
+        seen = search.look(product)
+        peaks.append(seen.high - seen.low)
         if peaks[-1] < lowest - 2 * search.tie:
             lowest, best, length = peaks[-1], product, step
         if step < steps:
-            row, column = search.first_outlier()
-            channels.append(row % size if index is Index.ROW else column)
-            product = product @ exchange(base, channels[-1])
+            channel = seen.row % size if index is Index.ROW else seen.column
+            if channel not in exchanged:
+                exchanged[channel] = exchange(base, channel)
+            channels.append(channel)
+            product = product @ exchanged[channel]
     return GreedyFit(_orthonormal(best), tuple(channels[:length]), tuple(peaks))
 
 
-class _RowsByNorm:
-    """Rows in chunks of descending norm, and the largest and smallest entry after a rotation."""
+class _Look(NamedTuple):
+    """What a step of the search sees of the rotated rows."""
 
-    def __init__(self, rows: Float64[Tensor, "rows n"], steps: int) -> None:
-        norms, order = rows.norm(dim=1).sort(descending=True, stable=True)
+    high: float
+    """The largest entry."""
+    low: float
+    """The smallest entry."""
+    row: int
+    """The first row with an entry that ties with the extreme of larger magnitude; the smallest
+    entry counts when magnitudes tie, as in the released code."""
+    column: int
+    """The first column of that row with such an entry."""
+
+
+class _Rows:
+    """Rows in chunks of falling norm, brought together when a chunk is first visited."""
+
+    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
+        self._rows = rows
+        norms = torch.cat([part.double().norm(dim=1) for part in rows.split(1024)])
+        norms, order = norms.sort(descending=True, stable=True)
         lengths = _chunk_lengths(len(rows))
-        self._chunks: tuple[Tensor, ...] = rows[order].split(lengths)
-        self._places: tuple[Tensor, ...] = order.split(lengths)
-        self._norms = [float(part[0]) for part in norms.split(lengths)]
-        self.tie = tie_width(self._norms[0], rows.shape[1], steps)
+        self._norms = norms.split(lengths)
+        self._places = order.split(lengths)
+        self._firsts = [float(part[0]) for part in self._norms]
+        self._largest = self._firsts[0]
+        self.tie = tie_width(self._largest, rows.shape[1], steps)
 
-    def extremes(self, rotation: Float64[Tensor, "n n"]) -> tuple[float, float]:
-        """The largest and the smallest entry of all rows times ``rotation``."""
-        self._rotation = rotation.to(self._chunks[0].device)
-        self._visited: list[tuple[float, float]] = []
-        self._high, self._low = -math.inf, math.inf
-        for chunk, norm in zip(self._chunks, self._norms, strict=True):
+    def _gathered(self, at: int) -> tuple[Float64[Tensor, "m n"], Int64[Tensor, " m"]]:
+        """The rows of chunk ``at`` and their places; of equal rows only the first."""
+        rows = self._rows[self._places[at]].double()
+        fresh = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        fresh[1:] = (rows[1:] != rows[:-1]).any(1)
+        return rows[fresh], self._places[at][fresh]
+
+    def _sided(self, high: float, low: float) -> tuple[int, float]:
+        """Which extreme counts, as a sign, and where ties with it begin, times the sign."""
+        sign = 1 if high > -low + self.tie else -1
+        return sign, (high if sign > 0 else -low) - self.tie
+
+
+class _Screened(_Rows):
+    """torch: products in float32 say which entries are worth summing in float64."""
+
+    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
+        super().__init__(rows, steps)
+        self._unit = self._largest or 1.0
+        # In units of the largest norm: an inner product of n terms, and its factors rounded to
+        # float32, are off by less than n + 3 eps; twice for two sides, once for room.
+        self._slack = 3 * (rows.shape[1] + 3) * torch.finfo(torch.float32).eps
+        self._slack += self.tie / self._unit
+        self._chunks: list[tuple[Tensor, Tensor]] = []
+
+    def look(self, rotation: Float64[Tensor, "n n"]) -> _Look:
+        screen = rotation.to(self._rows.device, torch.float32)
+        high, low = -math.inf, math.inf
+        visited: list[tuple[float, float]] = []
+        for at, norm in enumerate(self._firsts):
             # No entry of this or a later chunk exceeds the norm, in either direction.
-            if norm < min(self._high, -self._low) - 2 * self.tie:
+            if norm / self._unit < min(high, -low) - self._slack:
                 break
-            low, high = (float(value) for value in torch.aminmax(chunk @ self._rotation))
-            self._visited.append((high, low))
-            self._high, self._low = max(self._high, high), min(self._low, low)
-        return self._high, self._low
+            if at == len(self._chunks):
+                rows, places = self._gathered(at)
+                self._chunks.append(((rows / self._unit).float(), places))
+            smallest, largest = (float(x) for x in torch.aminmax(self._chunks[at][0] @ screen))
+            visited.append((largest, smallest))
+            high, low = max(high, largest), min(low, smallest)
+        over, under = high - self._slack, low + self._slack
+        summed = [
+            self._summed(at, screen, rotation, over, under)
+            for at, (largest, smallest) in enumerate(visited)
+            if largest >= over or smallest <= under
+        ]
+        values, entries = (np.concatenate(parts) for parts in zip(*summed, strict=True))
+        high, low = float(values.max()), float(values.min())
+        sign, bound = self._sided(high, low)
+        first = int(entries[sign * values >= bound].min())
+        return _Look(high, low, *divmod(first, len(rotation)))
 
-    def first_outlier(self) -> tuple[int, int]:
-        """Row and column of the first entry that ties with the extreme of larger magnitude.
+    def _summed(
+        self, at: int, screen: Tensor, rotation: Tensor, over: float, under: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Values of the entries of chunk ``at`` that may be extremes, and their numbers, counted
+        row by row."""
+        scaled, places = self._chunks[at]
+        product = scaled @ screen
+        which, columns = ((product >= over) | (product <= under)).nonzero().unbind(1)
+        rows = self._rows[places[which]].double().cpu().numpy()
+        values = _sum_of_products(rows, rotation.numpy().T[columns.cpu().numpy()])
+        return values, (places[which] * len(screen) + columns).cpu().numpy()
 
-        The smallest entry counts when magnitudes tie, as in the released code.
-        """
-        sign = 1 if self._high > -self._low + self.tie else -1
-        bound = self._high if sign > 0 else -self._low
+
+class _Summed(_Rows):
+    """numba: every entry of a visited row is summed, unless a bound excludes its row half-way."""
+
+    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
+        super().__init__(rows, steps)
+        self._chunks: list[tuple[NDArray[np.float64], ...]] = []
+
+    def look(self, rotation: Float64[Tensor, "n n"]) -> _Look:
+        from mxtorq.kernels.numba.greedy import scan
+
+        matrix = rotation.numpy()
+        high, low = -math.inf, math.inf
+        visited: list[int] = []
+        for at, norm in enumerate(self._firsts):
+            if norm < min(high, -low) - 2 * self.tie:
+                break
+            if at == len(self._chunks):
+                self._chunks.append(self._prepared(at))
+            rows, norms, extremes, _ = self._chunks[at]
+            count, high, low = scan(rows, norms, matrix, (high, low), 2 * self.tie, extremes)
+            visited.append(count)
+        sign, bound = self._sided(high, low)
+        side = 0 if sign > 0 else 1
         found = []
-        for at, (high, low) in enumerate(self._visited):
-            if (high if sign > 0 else -low) >= bound - self.tie:
-                found.append(self._first(at, sign, bound - self.tie))
-        return min(found)
+        for (rows, _, extremes, places), count in zip(self._chunks, visited, strict=False):
+            hits = np.flatnonzero(sign * extremes[:count, side] >= bound)
+            if len(hits):
+                first = hits[places[hits].argmin()]
+                found.append((int(places[first]), rows[first]))
+        place, row = min(found, key=lambda pair: pair[0])
+        values = _sum_of_products(np.broadcast_to(row, matrix.shape), matrix.T)
+        return _Look(high, low, place, int((sign * values >= bound).argmax()))
 
-    def _first(self, at: int, sign: int, bound: float) -> tuple[int, int]:
-        """The first row of chunk ``at``, by its place in the input, with an entry at the bound."""
-        ties = sign * (self._chunks[at] @ self._rotation) >= bound
-        hit: Int64[Tensor, " hits"] = ties.any(1).nonzero().squeeze(1)
-        first = hit[self._places[at][hit].argmin()]
-        return int(self._places[at][first]), int(ties[first].int().argmax())
+    def _prepared(self, at: int) -> tuple[NDArray[Any], ...]:
+        gathered, places = self._gathered(at)
+        rows = gathered.numpy()
+        halves = rows, rows[:, rows.shape[1] // 2 :]
+        norms = np.stack([np.linalg.norm(part, axis=1) for part in halves], axis=1)
+        return rows, norms, np.empty((len(rows), 2)), places.numpy()
+
+
+def _sum_of_products(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inner product of each row with its partner, summed from the first channel to the last."""
+    return np.asarray(np.cumsum(left * right, axis=1)[:, -1])
 
 
 def _chunk_lengths(total: int) -> list[int]:
