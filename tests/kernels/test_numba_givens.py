@@ -16,6 +16,8 @@ from mxtorq.transforms.torq.inter_block import (
 
 pytest.importorskip("numba")
 
+from mxtorq.kernels.numba.givens import apply_chain_
+
 
 def chains(sigma: torch.Tensor, **options: object) -> list[GivensChain]:
     return [equalize(sigma, backend=backend, **options) for backend in ("eager", "numba")]
@@ -130,6 +132,14 @@ def test_two_threads_have_the_bits_of_one() -> None:
         assert torch.equal(chain.apply(blocks, backend="numba"), one)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_in_place_is_the_same() -> None:
+    chain = equalize(oracles.spd(24, 100.0, seed=1))
+    blocks = draw(11, 24, 32)
+    expected = chain.apply(blocks, backend="eager")
+    apply_chain_(blocks, chain.first, chain.second, chain.cos, chain.sin)
+    assert torch.equal(blocks, expected)
 
 
 def test_gradients_and_half_floats_are_eager() -> None:

@@ -7,6 +7,7 @@ Indices are not checked: whoever calls has seen that they lie inside.
 """
 
 import numpy as np
+import torch
 from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
@@ -22,6 +23,19 @@ _TOGETHER = 4
 
 Chain = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 """first, second, cos, sin of the rotations, in order."""
+
+
+def apply_chain(
+    blocks: Float[Tensor, "tokens blocks width"],
+    first: Int64[Tensor, " m"],
+    second: Int64[Tensor, " m"],
+    cos: Float64[Tensor, " m"],
+    sin: Float64[Tensor, " m"],
+) -> Float[Tensor, "tokens blocks width"]:
+    """R^T X for each token, as a new tensor; arguments as for `apply_chain_`."""
+    out = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    _over_tokens(blocks, out, first, second, cos, sin)
+    return out
 
 
 def apply_chain_(
@@ -40,12 +54,18 @@ def apply_chain_(
         cos: rounded to the dtype of ``blocks``, as torch rounds a number that meets a tensor.
         sin: likewise.
     """
-    values = blocks.detach().numpy()
+    _over_tokens(blocks, blocks, first, second, cos, sin)
+
+
+def _over_tokens(
+    blocks: Tensor, out: Tensor, first: Tensor, second: Tensor, cos: Tensor, sin: Tensor
+) -> None:
+    values, results = blocks.detach().numpy(), out.detach().numpy()
     axes = first.cpu().numpy(), second.cpu().numpy()
-    turns = cos.cpu().numpy().astype(values.dtype), sin.cpu().numpy().astype(values.dtype)
+    turns = [part.cpu().to(blocks.dtype).numpy() for part in (cos, sin)]
     work = max(1, len(first) * values.shape[2])
     over_rows(
-        lambda start, stop: _apply_chain(values[start:stop], *axes, *turns),
+        lambda start, stop: _apply_chain(values[start:stop], results[start:stop], *axes, *turns),
         len(values),
         least=-(-_WORTH_A_THREAD // work),
     )
@@ -70,7 +90,7 @@ def equalize(
 
 
 @kernel
-def _apply_chain(values, first, second, cos, sin):  # type: ignore[no-untyped-def]
+def _apply_chain(values, out, first, second, cos, sin):  # type: ignore[no-untyped-def]
     tokens, blocks, width = values.shape
     together = _TOGETHER  # a block of several tokens is one long row: fewer, longer loops
     rows = np.empty((blocks, together * width), values.dtype)
@@ -90,7 +110,7 @@ def _apply_chain(values, first, second, cos, sin):  # type: ignore[no-untyped-de
         for token in range(here):
             for block in range(blocks):
                 for at in range(width):
-                    values[start + token, block, at] = rows[block, token * width + at]
+                    out[start + token, block, at] = rows[block, token * width + at]
 
 
 @kernel

@@ -11,28 +11,25 @@ best prefix. ``row`` swaps the channel numbered by the outlier's *row* modulo n,
 ``column`` swaps the channel that holds the outlier, as the paper says. Decided here: entries within
 the rounding error of an extreme tie with it and the first row counts, so that it does not matter
 how rows were brought about; a longer prefix must be better by more than that. An entry is the sum
-of its products from channel 0 up in float64, so the result is the same on every backend and BLAS.
+of its products from channel 0 up in float64, whatever chunks and threads it was found by.
 
 Fast because a rotation keeps a row's norm and an entry cannot exceed it: rows are visited in the
 order of their norms, and the visit ends where norms fall below both max and -min found so far. What
 ends it is a bound, not a guess, so nothing is missed. With outliers or heavy tails a small part of
-the rows is visited; of Gaussian rows, whose norms are alike, most are. torch screens whole chunks
-in float32, and only entries that its rounding leaves in question are summed; numba sums (see
-`kernels.numba.greedy`).
+the rows is visited; of Gaussian rows, whose norms are alike, most are. Whole chunks are multiplied
+in float32, by the BLAS, and only entries that its rounding leaves in question are summed.
 """
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from numpy.typing import NDArray
 from torch import Tensor
-
-from mxtorq.kernels.dispatch import Backend, pick
 
 FIRST_CHUNK, LARGEST_CHUNK = 256, 4096
 """Rows that are rotated together: few at first, then as many as fit a core's caches."""
@@ -101,7 +98,6 @@ def greedy_rotation(
     *,
     steps: int,
     index: Index,
-    backend: Backend | str = Backend.AUTO,
 ) -> GreedyFit:
     """The best prefix of ``steps`` greedy steps on pooled rows; the result is on the CPU.
 
@@ -110,11 +106,9 @@ def greedy_rotation(
         base: Rot of `random_base`.
         steps: steps of the search; the prefix has at most as many.
         index: what chooses the channel.
-        backend: who looks for the extremes.
     """
     size = len(base)
-    compiled = pick(backend, rows.device) is Backend.NUMBA
-    search = (_Summed if compiled else _Screened)(rows, steps)
+    search = _RowsByNorm(rows, steps)
     product = best = torch.eye(size, dtype=torch.float64)
     exchanged: dict[int, Tensor] = {}
     channels: list[int] = []
@@ -148,7 +142,7 @@ class _Look(NamedTuple):
     """The first column of that row with such an entry."""
 
 
-class _Rows:
+class _RowsByNorm:
     """Rows in chunks of falling norm, brought together when a chunk is first visited."""
 
     def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
@@ -156,119 +150,74 @@ class _Rows:
         norms = torch.cat([part.double().norm(dim=1) for part in rows.split(1024)])
         norms, order = norms.sort(descending=True, stable=True)
         lengths = _chunk_lengths(len(rows))
-        self._norms = norms.split(lengths)
         self._places = order.split(lengths)
-        self._firsts = [float(part[0]) for part in self._norms]
-        self._largest = self._firsts[0]
-        self.tie = tie_width(self._largest, rows.shape[1], steps)
-
-    def _gathered(self, at: int) -> tuple[Float64[Tensor, "m n"], Int64[Tensor, " m"]]:
-        """The rows of chunk ``at`` and their places; of equal rows only the first."""
-        rows = self._rows[self._places[at]].double()
-        fresh = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        fresh[1:] = (rows[1:] != rows[:-1]).any(1)
-        return rows[fresh], self._places[at][fresh]
-
-    def _sided(self, high: float, low: float) -> tuple[int, float]:
-        """Which extreme counts, as a sign, and where ties with it begin, times the sign."""
-        sign = 1 if high > -low + self.tie else -1
-        return sign, (high if sign > 0 else -low) - self.tie
-
-
-class _Screened(_Rows):
-    """torch: products in float32 say which entries are worth summing in float64."""
-
-    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
-        super().__init__(rows, steps)
-        self._unit = self._largest or 1.0
+        self._norms = [float(part[0]) for part in norms.split(lengths)]
+        self.tie = tie_width(self._norms[0], rows.shape[1], steps)
+        self._unit = self._norms[0] or 1.0
         # In units of the largest norm: an inner product of n terms, and its factors rounded to
         # float32, are off by less than n + 3 eps; twice for two sides, once for room.
         self._slack = 3 * (rows.shape[1] + 3) * torch.finfo(torch.float32).eps
         self._slack += self.tie / self._unit
-        self._chunks: list[tuple[Tensor, Tensor]] = []
+        self._screen = _screening_dtype(rows.shape[1], rows.device)
+        self._chunks: list[tuple[Float[Tensor, "m n"], Int64[Tensor, " m"]]] = []
 
     def look(self, rotation: Float64[Tensor, "n n"]) -> _Look:
-        screen = rotation.to(self._rows.device, torch.float32)
+        """The extremes of all rows times ``rotation``."""
+        screen = rotation.to(self._rows.device, self._screen)
         high, low = -math.inf, math.inf
         visited: list[tuple[float, float]] = []
-        for at, norm in enumerate(self._firsts):
+        for at, norm in enumerate(self._norms):
             # No entry of this or a later chunk exceeds the norm, in either direction.
             if norm / self._unit < min(high, -low) - self._slack:
                 break
             if at == len(self._chunks):
-                rows, places = self._gathered(at)
-                self._chunks.append(((rows / self._unit).float(), places))
+                self._chunks.append(self._gathered(at))
             smallest, largest = (float(x) for x in torch.aminmax(self._chunks[at][0] @ screen))
             visited.append((largest, smallest))
             high, low = max(high, largest), min(low, smallest)
         over, under = high - self._slack, low + self._slack
         summed = [
-            self._summed(at, screen, rotation, over, under)
+            self._summed(at, rotation, over, under)
             for at, (largest, smallest) in enumerate(visited)
             if largest >= over or smallest <= under
         ]
         values, entries = (np.concatenate(parts) for parts in zip(*summed, strict=True))
         high, low = float(values.max()), float(values.min())
-        sign, bound = self._sided(high, low)
-        first = int(entries[sign * values >= bound].min())
-        return _Look(high, low, *divmod(first, len(rotation)))
+        ties = values >= high - self.tie if high > -low + self.tie else values <= low + self.tie
+        return _Look(high, low, *divmod(int(entries[ties].min()), len(rotation)))
+
+    def _gathered(self, at: int) -> tuple[Tensor, Tensor]:
+        """The rows of chunk ``at`` in units of the largest norm, and their places in the input; of
+        equal neighbours only the first, since equal tokens can be many."""
+        rows = self._rows[self._places[at]].double()
+        fresh = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        fresh[1:] = (rows[1:] != rows[:-1]).any(1)
+        return (rows[fresh] / self._unit).to(self._screen), self._places[at][fresh]
 
     def _summed(
-        self, at: int, screen: Tensor, rotation: Tensor, over: float, under: float
+        self, at: int, rotation: Float64[Tensor, "n n"], over: float, under: float
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Values of the entries of chunk ``at`` that may be extremes, and their numbers, counted
-        row by row."""
-        scaled, places = self._chunks[at]
-        product = scaled @ screen
+        row by row in the input."""
+        rows, places = self._chunks[at]
+        product = rows @ rotation.to(rows)
         which, columns = ((product >= over) | (product <= under)).nonzero().unbind(1)
-        rows = self._rows[places[which]].double().cpu().numpy()
-        values = _sum_of_products(rows, rotation.numpy().T[columns.cpu().numpy()])
-        return values, (places[which] * len(screen) + columns).cpu().numpy()
+        left = self._rows[places[which]].double().cpu().numpy()
+        values = sums_of_products(left, rotation.numpy().T[columns.cpu().numpy()])
+        return values, (places[which] * len(rotation) + columns).cpu().numpy()
 
 
-class _Summed(_Rows):
-    """numba: every entry of a visited row is summed, unless a bound excludes its row half-way."""
-
-    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
-        super().__init__(rows, steps)
-        self._chunks: list[tuple[NDArray[np.float64], ...]] = []
-
-    def look(self, rotation: Float64[Tensor, "n n"]) -> _Look:
-        from mxtorq.kernels.numba.greedy import scan
-
-        matrix = rotation.numpy()
-        high, low = -math.inf, math.inf
-        visited: list[int] = []
-        for at, norm in enumerate(self._firsts):
-            if norm < min(high, -low) - 2 * self.tie:
-                break
-            if at == len(self._chunks):
-                self._chunks.append(self._prepared(at))
-            rows, norms, extremes, _ = self._chunks[at]
-            count, high, low = scan(rows, norms, matrix, (high, low), 2 * self.tie, extremes)
-            visited.append(count)
-        sign, bound = self._sided(high, low)
-        side = 0 if sign > 0 else 1
-        found = []
-        for (rows, _, extremes, places), count in zip(self._chunks, visited, strict=False):
-            hits = np.flatnonzero(sign * extremes[:count, side] >= bound)
-            if len(hits):
-                first = hits[places[hits].argmin()]
-                found.append((int(places[first]), rows[first]))
-        place, row = min(found, key=lambda pair: pair[0])
-        values = _sum_of_products(np.broadcast_to(row, matrix.shape), matrix.T)
-        return _Look(high, low, place, int((sign * values >= bound).argmax()))
-
-    def _prepared(self, at: int) -> tuple[NDArray[Any], ...]:
-        gathered, places = self._gathered(at)
-        rows = gathered.numpy()
-        halves = rows, rows[:, rows.shape[1] // 2 :]
-        norms = np.stack([np.linalg.norm(part, axis=1) for part in halves], axis=1)
-        return rows, norms, np.empty((len(rows), 2)), places.numpy()
+def _screening_dtype(size: int, device: torch.device) -> torch.dtype:
+    """float32, unless its products are coarser than it: torch can be told to take TF32 or bfloat16
+    for them, and then a product with the identity is no copy."""
+    probe = torch.full((LARGEST_CHUNK, size), 1 + torch.finfo(torch.float32).eps, device=device)
+    same = torch.equal(probe @ torch.eye(size, device=device), probe)
+    return torch.float32 if same else torch.float64
 
 
-def _sum_of_products(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The inner product of each row with its partner, summed from the first channel to the last."""
+def sums_of_products(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inner product of each row with its partner, summed from the first channel to the last:
+    what an entry is, to the bit."""
     return np.asarray(np.cumsum(left * right, axis=1)[:, -1])
 
 

@@ -116,10 +116,9 @@ class GivensChain:
             )
         flat = blocks.reshape(-1, *blocks.shape[-2:])
         if self._compiled(blocks, backend):
-            from mxtorq.kernels.numba.givens import apply_chain_
+            from mxtorq.kernels.numba.givens import apply_chain
 
-            out = flat.clone(memory_format=torch.contiguous_format)
-            apply_chain_(out, self.first, self.second, self.cos, self.sin)
+            out = apply_chain(flat.contiguous(), self.first, self.second, self.cos, self.sin)
         else:
             step = max(1, CHUNK // max(1, flat.shape[-1]))
             out = torch.cat([self._rotated(part) for part in flat.split(step)])
@@ -194,7 +193,7 @@ def equalize(
     if compiled and angle is exact_target:
         from mxtorq.kernels.numba import givens
 
-        parts = givens.equalize(sigma, tolerance, most)
+        parts: tuple[NDArray[Any], ...] = givens.equalize(sigma, tolerance, most)
     else:
         parts = _equalize(sigma, angle, tolerance, most)
     return GivensChain(*(torch.from_numpy(part.copy()) for part in parts))
