@@ -89,9 +89,10 @@ def test_it_serialises(transform: Transform) -> None:
 
 
 def test_the_counted_cost_is_the_measured_one(transform: Transform) -> None:
-    """Multiplications of one token, counted where torch executes them."""
+    """Multiplications of one token, counted where torch executes them: a gradient is wanted, so
+    that no compiled kernel does them unseen."""
     with Multiplications() as counted:
-        transform.apply(torch.randn(1, WIDTH))
+        transform.apply(torch.randn(1, WIDTH, requires_grad=True))
     assert counted.total == transform.multiply_adds
 
 
