@@ -115,6 +115,14 @@ def tied(seed: int, width: int = 256) -> torch.Tensor:
     return rows
 
 
+def crowded(seed: int, width: int = 256) -> torch.Tensor:
+    """Tokens alike up to a billionth: float32 cannot tell which of them holds an extreme, and more
+    than rounding in float64 lies between them."""
+    draw = torch.Generator().manual_seed(seed)
+    nearly = 1 + 1e-9 * torch.randn(400, 1, dtype=torch.float64, generator=draw)
+    return outliers(seed, width)[:1].double() * nearly
+
+
 @pytest.mark.parametrize("size", [2, 3, 16, 32, 128])
 def test_the_base_is_the_product_of_givens_rotations(size: int) -> None:
     """G_{n-2} ... G_0 with cos = 1/sqrt(i+2), rows and columns 0 and n-1 exchanged. An entry of a
@@ -175,7 +183,7 @@ def test_pruning_misses_nothing(data: object, index: Index) -> None:
 
 
 @pytest.mark.parametrize("index", list(Index))
-@pytest.mark.parametrize("data", [outliers, plain, repeated, mirrored, one_sign, lopsided, tied])
+@pytest.mark.parametrize("data", [outliers, repeated, mirrored, one_sign, tied, crowded])
 def test_peaks_are_those_of_the_definition_to_the_bit(data: object, index: Index) -> None:
     """Though float32, a BLAS and chunks have looked first, at scales that no float32 holds."""
     assert callable(data)
