@@ -195,7 +195,8 @@ def test_peaks_are_those_of_the_definition_to_the_bit(data: object, index: Index
         (4, 2, 5, 1.0),
     )
     for seed, size, steps, scale in cases:
-        rows, base = scale * data(seed).double().reshape(-1, size), base_of(size, seed)
+        rows = scale * data(seed, 128).double().reshape(-1, size)
+        base = base_of(size, seed)
         best, channels, peaks = exact_search(rows, base, steps, index)
         fit = greedy_rotation(rows, base, steps=steps, index=index)
         assert fit.channels == tuple(channels)
