@@ -33,7 +33,8 @@ def over_rows(work: Callable[[int, int], object], rows: int, least: int = 1) -> 
     parts = max(1, min(torch.get_num_threads(), rows // max(1, least)))
     edges = [rows * part // parts for part in range(parts + 1)]
     others = [
-        _executor(os.getpid()).submit(work, start, stop) for start, stop in pairwise(edges[1:])
+        _executor(os.getpid()).submit(work, start, stop)
+        for start, stop in pairwise(edges[1:])
     ]
     try:
         work(0, edges[1])
