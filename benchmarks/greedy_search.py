@@ -36,15 +36,15 @@ KINDS = ("gaussian, outliers", "heavy tails, outliers", "heavy tails", "gaussian
 PACKAGES = ("mxtorq", "torch", "numpy")
 
 
-def draw(kind: str, rows: int, seed: int) -> Tensor:
-    """Tokens of 256 channels as rows of 32, in the order of the text."""
+def draw(kind: str, rows: int, seed: int, width: int = WIDTH) -> Tensor:
+    """Tokens of ``width`` channels as rows of 32, in the order of the text."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randn(rows * BLOCK // WIDTH, WIDTH, generator=generator)
+    tokens = torch.randn(rows * BLOCK // width, width, generator=generator)
     if kind.startswith("heavy"):
         squares = torch.randn(DEGREES, *tokens.shape, generator=generator).square().mean(0)
         tokens /= squares.sqrt()
     if kind.endswith("outliers"):
-        where = torch.randperm(WIDTH, generator=generator)[:OUTLIERS]
+        where = torch.randperm(width, generator=generator)[:OUTLIERS]
         tokens[:, where] *= 10 + 30 * torch.rand(OUTLIERS, generator=generator)
     return tokens.reshape(-1, BLOCK)
 

@@ -42,6 +42,7 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 14336,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
+    "attn_implementation": "sdpa",
 }
 TOKENS = (1, 16, 128, 2048)
 PACKAGES = ("mxtorq", "torch", "transformers", "numpy", "numba")
@@ -68,7 +69,7 @@ def decoder_layer(dtype: torch.dtype) -> tuple[nn.Module, Any]:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-    config = LlamaConfig(num_hidden_layers=1, vocab_size=64, attn_implementation="sdpa", **SIZES)
+    config = LlamaConfig(num_hidden_layers=1, vocab_size=64, **SIZES)
     torch.manual_seed(0)
     layer = LlamaDecoderLayer(config, 0).to(dtype).eval().requires_grad_(False)
     return layer, LlamaRotaryEmbedding(config)

@@ -6,6 +6,6 @@ defined (`formats`, or beside its algorithm).
 Does not live here: what is computed. A kernel takes tensors or arrays and knows no method, no
 layer and no file; whoever wants to know what it does reads the eager version.
 
-To add a backend: a folder that has the functions of `dispatch.FUNCTIONS` (or some of them), and a
-line in `dispatch.BACKENDS`. The tests in ``tests/kernels`` run over that table and compare bits.
+To add a backend: a member of `dispatch.Backend` with its device, a folder with functions of the
+same names, the branch in each function of `dispatch` that it serves, and tests that compare bits.
 """

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from mxtorq.transforms.duquant.greedy import (
     exchange,
     greedy_rotation,
     random_base,
+    sums_of_products,
     tie_width,
     uniform_base,
 )
@@ -38,6 +40,31 @@ def slow_search(
         channels.append(row % size if index is Index.ROW else column)
         rotation = exchange(base, channels[-1])
         product, data = product @ rotation, data @ rotation
+    return best, channels[:length], peaks
+
+
+def exact_search(
+    rows: torch.Tensor, base: torch.Tensor, steps: int, index: Index
+) -> tuple[torch.Tensor, list[int], list[float]]:
+    """The same on entries summed from channel 0 up, all of them: the definition to the bit."""
+    size, data = len(base), rows.double().numpy()
+    tie = tie_width(rows.double().norm(dim=1).max().item(), size, steps)
+    product = torch.eye(size, dtype=torch.float64)
+    lowest, best, length = math.inf, product, 0
+    channels: list[int] = []
+    peaks: list[float] = []
+    for step in range(steps + 1):
+        entries = np.zeros_like(data)
+        for channel in range(size):
+            entries += data[:, channel : channel + 1] * product.numpy()[channel]
+        high, low = entries.max(), entries.min()
+        peaks.append(float(high - low))
+        if peaks[-1] < lowest - 2 * tie:
+            lowest, best, length = peaks[-1], product, step
+        ties = entries >= high - tie if high > -low + tie else entries <= low + tie
+        row, column = divmod(int(ties.argmax()), size)
+        channels.append(row % size if index is Index.ROW else column)
+        product = product @ exchange(base, channels[-1])
     return best, channels[:length], peaks
 
 
@@ -86,6 +113,14 @@ def tied(seed: int, width: int = 256) -> torch.Tensor:
     rows[7, 9], rows[390, 70] = 7.0, 7.0
     rows[390, 71:79] = 5.0
     return rows
+
+
+def crowded(seed: int, width: int = 256) -> torch.Tensor:
+    """Tokens alike up to a billionth: float32 cannot tell which of them holds an extreme, and more
+    than rounding in float64 lies between them."""
+    draw = torch.Generator().manual_seed(seed)
+    nearly = 1 + 1e-9 * torch.randn(400, 1, dtype=torch.float64, generator=draw)
+    return outliers(seed, width)[:1].double() * nearly
 
 
 @pytest.mark.parametrize("size", [2, 3, 16, 32, 128])
@@ -145,6 +180,59 @@ def test_pruning_misses_nothing(data: object, index: Index) -> None:
         assert len(fit.peaks) == steps + 1
         assert all(abs(a - b) <= tie for a, b in zip(fit.peaks, peaks, strict=True))
         assert (fit.rotation - best).abs().max() <= tie_width(1.0, size, steps)
+
+
+@pytest.mark.parametrize("index", list(Index))
+@pytest.mark.parametrize("data", [outliers, repeated, mirrored, one_sign, tied, crowded])
+def test_peaks_are_those_of_the_definition_to_the_bit(data: object, index: Index) -> None:
+    """Though float32, a BLAS and chunks have looked first, at scales that no float32 holds."""
+    assert callable(data)
+    cases = (
+        (0, 32, 40, 1.0),
+        (1, 32, 10, 1e-60),
+        (2, 128, 10, 1.0),
+        (3, 16, 20, 1e60),
+        (4, 2, 5, 1.0),
+    )
+    for seed, size, steps, scale in cases:
+        rows = scale * data(seed, 128).double().reshape(-1, size)
+        base = base_of(size, seed)
+        best, channels, peaks = exact_search(rows, base, steps, index)
+        fit = greedy_rotation(rows, base, steps=steps, index=index)
+        assert fit.channels == tuple(channels)
+        assert fit.peaks == tuple(peaks)
+        assert torch.equal(fit.rotation, 1.5 * best - 0.5 * best @ best.T @ best)
+
+
+def test_sums_are_taken_in_order() -> None:
+    """1e16 + 1 - 1e16 is 0 from the left and 1 from elsewhere."""
+    left = np.array([[1e16, 1.0, -1e16], [1e16, -1e16, 1.0]])
+    assert sums_of_products(left, np.ones((2, 3))).tolist() == [0.0, 1.0]
+
+
+def test_coarse_products_are_not_screened_by() -> None:
+    """Where torch may multiply float32 by bfloat16, the search goes by float64. Whether it does is
+    the CPU's affair, so that only the result is looked at."""
+    rows, base = outliers(0).reshape(-1, 32), base_of(32)
+    usual = greedy_rotation(rows, base, steps=30, index=Index.ROW)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        coarse = greedy_rotation(rows, base, steps=30, index=Index.ROW)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert coarse.channels == usual.channels
+    assert coarse.peaks == usual.peaks
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_rows_all_alike_and_one_row(size: int) -> None:
+    """Every row of a chunk ties: only the first of them is looked at, and it is row 0."""
+    one = plain(5).reshape(-1, size)[:1]
+    alone = greedy_rotation(one, base_of(size), steps=20, index=Index.ROW)
+    alike = greedy_rotation(one.expand(700, -1), base_of(size), steps=20, index=Index.ROW)
+    assert alone.channels == alike.channels == (0,) * len(alone.channels)
+    assert alone.peaks == alike.peaks
 
 
 @pytest.mark.parametrize("index", list(Index))

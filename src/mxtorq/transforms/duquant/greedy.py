@@ -9,21 +9,26 @@ noted, and of all prefixes R_1 ... R_m the one of smallest peak is the result (m
 Faithful to the released code: the base, one draw of Q' a search, the pooled rows, max - min, the
 best prefix. ``row`` swaps the channel numbered by the outlier's *row* modulo n, as that code does;
 ``column`` swaps the channel that holds the outlier, as the paper says. Decided here: entries within
-the rounding error of an extreme tie with it and the first row counts, since equal tokens give equal
-rows and a BLAS need not round them alike; a longer prefix must be better by more than that.
+the rounding error of an extreme tie with it and the first row counts, so that it does not matter
+how rows were brought about; a longer prefix must be better by more than that. An entry is the sum
+of its products from channel 0 up in float64, whatever chunks and threads it was found by.
 
 Fast because a rotation keeps a row's norm and an entry cannot exceed it: rows are visited in the
 order of their norms, and the visit ends where norms fall below both max and -min found so far. What
 ends it is a bound, not a guess, so nothing is missed. With outliers or heavy tails a small part of
-the rows is visited; of Gaussian rows, whose norms are alike, most are.
+the rows is visited; of Gaussian rows, whose norms are alike, most are. Whole chunks are multiplied
+in float32, by the BLAS, and only entries that its rounding leaves in question are summed.
 """
 
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
 FIRST_CHUNK, LARGEST_CHUNK = 256, 4096
@@ -88,7 +93,11 @@ def tie_width(largest_norm: float, size: int, steps: int) -> float:
 
 
 def greedy_rotation(
-    rows: Float[Tensor, "rows n"], base: Float64[Tensor, "n n"], *, steps: int, index: Index
+    rows: Float[Tensor, "rows n"],
+    base: Float64[Tensor, "n n"],
+    *,
+    steps: int,
+    index: Index,
 ) -> GreedyFit:
     """The best prefix of ``steps`` greedy steps on pooled rows; the result is on the CPU.
 
@@ -99,67 +108,117 @@ def greedy_rotation(
         index: what chooses the channel.
     """
     size = len(base)
-    search = _RowsByNorm(rows.double(), steps)
+    search = _RowsByNorm(rows, steps)
     product = best = torch.eye(size, dtype=torch.float64)
+    exchanged: dict[int, Tensor] = {}
     channels: list[int] = []
     peaks: list[float] = []
     lowest, length = math.inf, 0
     for step in range(steps + 1):
-        high, low = search.extremes(product)
-        peaks.append(high - low)
+        seen = search.look(product)
+        peaks.append(seen.high - seen.low)
         if peaks[-1] < lowest - 2 * search.tie:
             lowest, best, length = peaks[-1], product, step
         if step < steps:
-            row, column = search.first_outlier()
-            channels.append(row % size if index is Index.ROW else column)
-            product = product @ exchange(base, channels[-1])
+            channel = seen.row % size if index is Index.ROW else seen.column
+            if channel not in exchanged:
+                exchanged[channel] = exchange(base, channel)
+            channels.append(channel)
+            product = product @ exchanged[channel]
     return GreedyFit(_orthonormal(best), tuple(channels[:length]), tuple(peaks))
 
 
-class _RowsByNorm:
-    """Rows in chunks of descending norm, and the largest and smallest entry after a rotation."""
+class _Look(NamedTuple):
+    """What a step of the search sees of the rotated rows."""
 
-    def __init__(self, rows: Float64[Tensor, "rows n"], steps: int) -> None:
-        norms, order = rows.norm(dim=1).sort(descending=True, stable=True)
+    high: float
+    """The largest entry."""
+    low: float
+    """The smallest entry."""
+    row: int
+    """The first row with an entry that ties with the extreme of larger magnitude; the smallest
+    entry counts when magnitudes tie, as in the released code."""
+    column: int
+    """The first column of that row with such an entry."""
+
+
+class _RowsByNorm:
+    """Rows in chunks of falling norm, brought together when a chunk is first visited."""
+
+    def __init__(self, rows: Float[Tensor, "rows n"], steps: int) -> None:
+        self._rows = rows
+        norms = torch.cat([part.double().norm(dim=1) for part in rows.split(1024)])
+        norms, order = norms.sort(descending=True, stable=True)
         lengths = _chunk_lengths(len(rows))
-        self._chunks: tuple[Tensor, ...] = rows[order].split(lengths)
-        self._places: tuple[Tensor, ...] = order.split(lengths)
+        self._places = order.split(lengths)
         self._norms = [float(part[0]) for part in norms.split(lengths)]
         self.tie = tie_width(self._norms[0], rows.shape[1], steps)
+        self._unit = self._norms[0] or 1.0
+        # In units of the largest norm: an inner product of n terms, and its factors rounded to
+        # float32, are off by less than n + 3 eps; twice for two sides, once for room.
+        self._slack = 3 * (rows.shape[1] + 3) * torch.finfo(torch.float32).eps
+        self._slack += self.tie / self._unit
+        self._screen = _screening_dtype(rows.shape[1], rows.device)
+        self._chunks: list[tuple[Float[Tensor, "m n"], Int64[Tensor, " m"]]] = []
 
-    def extremes(self, rotation: Float64[Tensor, "n n"]) -> tuple[float, float]:
-        """The largest and the smallest entry of all rows times ``rotation``."""
-        self._rotation = rotation.to(self._chunks[0].device)
-        self._visited: list[tuple[float, float]] = []
-        self._high, self._low = -math.inf, math.inf
-        for chunk, norm in zip(self._chunks, self._norms, strict=True):
+    def look(self, rotation: Float64[Tensor, "n n"]) -> _Look:
+        """The extremes of all rows times ``rotation``."""
+        screen = rotation.to(self._rows.device, self._screen)
+        high, low = -math.inf, math.inf
+        visited: list[tuple[float, float]] = []
+        for at, norm in enumerate(self._norms):
             # No entry of this or a later chunk exceeds the norm, in either direction.
-            if norm < min(self._high, -self._low) - 2 * self.tie:
+            if norm / self._unit < min(high, -low) - self._slack:
                 break
-            low, high = (float(value) for value in torch.aminmax(chunk @ self._rotation))
-            self._visited.append((high, low))
-            self._high, self._low = max(self._high, high), min(self._low, low)
-        return self._high, self._low
+            if at == len(self._chunks):
+                self._chunks.append(self._gathered(at))
+            smallest, largest = (float(x) for x in torch.aminmax(self._chunks[at][0] @ screen))
+            visited.append((largest, smallest))
+            high, low = max(high, largest), min(low, smallest)
+        over, under = high - self._slack, low + self._slack
+        summed = [
+            self._summed(at, rotation, over, under)
+            for at, (largest, smallest) in enumerate(visited)
+            if largest >= over or smallest <= under
+        ]
+        values, entries = (np.concatenate(parts) for parts in zip(*summed, strict=True))
+        high, low = float(values.max()), float(values.min())
+        ties = values >= high - self.tie if high > -low + self.tie else values <= low + self.tie
+        return _Look(high, low, *divmod(int(entries[ties].min()), len(rotation)))
 
-    def first_outlier(self) -> tuple[int, int]:
-        """Row and column of the first entry that ties with the extreme of larger magnitude.
+    def _gathered(self, at: int) -> tuple[Tensor, Tensor]:
+        """The rows of chunk ``at`` in units of the largest norm, and their places in the input; of
+        equal neighbours only the first, since equal tokens can be many."""
+        rows = self._rows[self._places[at]].double()
+        fresh = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        fresh[1:] = (rows[1:] != rows[:-1]).any(1)
+        return (rows[fresh] / self._unit).to(self._screen), self._places[at][fresh]
 
-        The smallest entry counts when magnitudes tie, as in the released code.
-        """
-        sign = 1 if self._high > -self._low + self.tie else -1
-        bound = self._high if sign > 0 else -self._low
-        found = []
-        for at, (high, low) in enumerate(self._visited):
-            if (high if sign > 0 else -low) >= bound - self.tie:
-                found.append(self._first(at, sign, bound - self.tie))
-        return min(found)
+    def _summed(
+        self, at: int, rotation: Float64[Tensor, "n n"], over: float, under: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Values of the entries of chunk ``at`` that may be extremes, and their numbers, counted
+        row by row in the input."""
+        rows, places = self._chunks[at]
+        product = rows @ rotation.to(rows)
+        which, columns = ((product >= over) | (product <= under)).nonzero().unbind(1)
+        left = self._rows[places[which]].double().cpu().numpy()
+        values = sums_of_products(left, rotation.numpy().T[columns.cpu().numpy()])
+        return values, (places[which] * len(rotation) + columns).cpu().numpy()
 
-    def _first(self, at: int, sign: int, bound: float) -> tuple[int, int]:
-        """The first row of chunk ``at``, by its place in the input, with an entry at the bound."""
-        ties = sign * (self._chunks[at] @ self._rotation) >= bound
-        hit: Int64[Tensor, " hits"] = ties.any(1).nonzero().squeeze(1)
-        first = hit[self._places[at][hit].argmin()]
-        return int(self._places[at][first]), int(ties[first].int().argmax())
+
+def _screening_dtype(size: int, device: torch.device) -> torch.dtype:
+    """float32, unless its products are coarser than it: torch can be told to take TF32 or bfloat16
+    for them, and then a product with the identity is no copy."""
+    probe = torch.full((LARGEST_CHUNK, size), 1 + torch.finfo(torch.float32).eps, device=device)
+    same = torch.equal(probe @ torch.eye(size, device=device), probe)
+    return torch.float32 if same else torch.float64
+
+
+def sums_of_products(left: NDArray[np.float64], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The inner product of each row with its partner, summed from the first channel to the last:
+    what an entry is, to the bit."""
+    return np.asarray(np.cumsum(left * right, axis=1)[:, -1])
 
 
 def _chunk_lengths(total: int) -> list[int]:

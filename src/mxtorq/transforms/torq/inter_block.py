@@ -15,15 +15,26 @@ The result stays a list of rotations and is applied as a chain: 6 operations an 
 2 B. Adding a multiple of I to Sigma, as implementations do, changes no angle and is left out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
+from numpy.typing import NDArray
 from torch import Tensor
 
-from mxtorq.errors import FormatError
+from mxtorq.errors import FormatError, UsageError
+from mxtorq.kernels.dispatch import Backend, pick
+
+CHUNK = 2**14
+"""Elements of one block that eager steps work on: enough to outweigh the microsecond that a step of
+torch takes to start, few enough that two blocks and their scratch stay in a core's caches."""
+
+_COMPILED = (torch.float32, torch.float64)
+"""What the kernel computes in. torch rounds the half floats' sums its own way."""
 
 Angle = Callable[[float, float, float, float], tuple[float, float]]
 """(s_ii, s_jj, s_ij, c) -> (cos, sin) of the rotation in the plane (i, j)."""
@@ -64,7 +75,8 @@ class GivensChain:
         if self.first.numel() == 0:
             return
         unit = (self.cos.square() + self.sin.square() - 1).abs().max().item()
-        if unit > 1e-14 or bool((self.first == self.second).any()) or int(self.first.min()) < 0:
+        lowest = int(torch.minimum(self.first, self.second).min())
+        if unit > 1e-14 or bool((self.first == self.second).any()) or lowest < 0:
             raise FormatError(
                 asked="a chain of Givens rotations",
                 found=f"planes {self.first.tolist()[:4]}, {self.second.tolist()[:4]}, ... and "
@@ -76,24 +88,72 @@ class GivensChain:
     def __len__(self) -> int:
         return len(self.first)
 
+    @cached_property
+    def reach(self) -> int:
+        """The highest block that a rotation touches; -1 if there is no rotation."""
+        return int(torch.maximum(self.first, self.second).max()) if len(self) else -1
+
     def apply(
-        self, blocks: Float[Tensor, "*tokens blocks width"]
+        self,
+        blocks: Float[Tensor, "*tokens blocks width"],
+        *,
+        backend: Backend | str = Backend.AUTO,
     ) -> Float[Tensor, "*tokens blocks width"]:
-        """R^T X: mixes whole blocks, position by position, in the dtype of ``blocks``."""
-        out = blocks.clone()
-        steps = zip(
-            self.first.tolist(),
-            self.second.tolist(),
-            self.cos.tolist(),
-            self.sin.tolist(),
-            strict=True,
+        """R^T X: mixes whole blocks, position by position, in the dtype of ``blocks``.
+
+        numba serves float32 and float64 where no gradient is wanted; everything else is eager.
+
+        Raises:
+            FormatError: there are fewer blocks than the chain reaches.
+            UsageError: numba was asked for by name and does not serve ``blocks``.
+        """
+        if self.reach >= blocks.shape[-2]:
+            raise FormatError(
+                asked=f"a chain of Givens rotations on {blocks.shape[-2]} blocks",
+                found=f"a rotation of block {self.reach}",
+                why="a rotation mixes blocks that are there",
+                todo="apply the chain at the width of the input that it was fitted for",
+            )
+        flat = blocks.reshape(-1, *blocks.shape[-2:])
+        if self._compiled(blocks, backend):
+            from mxtorq.kernels.numba.givens import apply_chain
+
+            out = apply_chain(flat.contiguous(), self.first, self.second, self.cos, self.sin)
+        else:
+            step = max(1, CHUNK // max(1, flat.shape[-1]))
+            out = torch.cat([self._rotated(part) for part in flat.split(step)])
+        return out.view(blocks.shape)
+
+    def _compiled(self, blocks: Tensor, backend: Backend | str) -> bool:
+        """Whether numba does it."""
+        gradient = torch.is_grad_enabled() and blocks.requires_grad
+        if pick(backend, blocks.device) is not Backend.NUMBA:
+            return False
+        if blocks.dtype in _COMPILED and not gradient:
+            return True
+        if Backend(backend) is Backend.AUTO:
+            return False
+        raise UsageError(
+            asked="a chain of Givens rotations by numba",
+            found=f"{blocks.dtype}{', with a gradient' if gradient else ''}",
+            why="the kernel computes in float32 and float64, and has no derivative",
+            todo="use backend='auto'",
         )
-        for i, j, cos, sin in steps:
-            a, b = out[..., i, :], out[..., j, :]
-            new_a = cos * a + sin * b
-            out[..., j, :] = cos * b - sin * a
-            out[..., i, :] = new_a
-        return out
+
+    def _rotated(self, blocks: Float[Tensor, "n blocks width"]) -> Tensor:
+        rows = list(blocks.unbind(-2))
+        for i, j, cos, sin in self._steps(blocks.dtype):
+            a, b = rows[i], rows[j]
+            rows[i], rows[j] = (cos * a).add_(sin * b), (cos * b).sub_(sin * a)
+        return torch.stack(rows, -2)
+
+    def _steps(self, dtype: torch.dtype) -> Iterator[tuple[int, int, Any, Any]]:
+        # A tensor of the right dtype meets another in half the time that a Python number takes.
+        # The same bits, but not for half floats: there torch computes with the float32 number.
+        turns: list[Any] = [self.cos.tolist(), self.sin.tolist()]
+        if dtype in _COMPILED:
+            turns = [part.cpu().to(dtype).unbind() for part in (self.cos, self.sin)]
+        return zip(self.first.tolist(), self.second.tolist(), *turns, strict=True)
 
     def matrix(self, blocks: int) -> Float64[Tensor, "blocks blocks"]:
         """R as a dense matrix, for tests."""
@@ -115,6 +175,7 @@ def equalize(
     angle: Angle = exact_target,
     tolerance: float = 1e-13,
     max_rotations: int | None = None,
+    backend: Backend | str = Backend.AUTO,
 ) -> GivensChain:
     """TORQ's Algorithm 1 in float64.
 
@@ -124,12 +185,28 @@ def equalize(
         tolerance: stop when every diagonal is within this of the mean, relative to the mean.
         max_rotations: stop there in any case; B - 1 unless given, which `exact_target` never
             needs to exceed.
+        backend: numba serves `exact_target`; other angles are Python functions, so NumPy's.
     """
-    sigma = second_moment.cpu().numpy().astype(np.float64, copy=True)
-    blocks = len(sigma)
-    mean = float(np.trace(sigma)) / blocks
+    sigma = second_moment.cpu().numpy()
+    most = len(sigma) - 1 if max_rotations is None else max_rotations
+    compiled = pick(backend, torch.device("cpu")) is Backend.NUMBA
+    if compiled and angle is exact_target:
+        from mxtorq.kernels.numba import givens
+
+        parts: tuple[NDArray[Any], ...] = givens.equalize(sigma, tolerance, most)
+    else:
+        parts = _equalize(sigma, angle, tolerance, most)
+    return GivensChain(*(torch.from_numpy(part.copy()) for part in parts))
+
+
+def _equalize(
+    second_moment: NDArray[np.float64], angle: Angle, tolerance: float, max_rotations: int
+) -> tuple[NDArray[Any], ...]:
+    """first, second, cos, sin of the rotations."""
+    sigma = second_moment.copy()
+    mean = float(np.trace(sigma)) / len(sigma)
     steps: list[tuple[int, int, float, float]] = []
-    for _ in range(blocks - 1 if max_rotations is None else max_rotations):
+    while len(steps) < max_rotations:
         deviation = np.diagonal(sigma) - mean
         i = int(np.argmax(np.abs(deviation)))
         if abs(deviation[i]) <= tolerance * mean:
@@ -141,18 +218,12 @@ def equalize(
         cos, sin = angle(sigma[i, i], sigma[j, j], sigma[i, j], mean)
         _rotate_plane(sigma, i, j, cos, sin)
         steps.append((i, j, cos, sin))
-    if not steps:
-        return EMPTY_CHAIN
-    first, second, cosines, sines = zip(*steps, strict=True)
-    return GivensChain(
-        torch.tensor(first),
-        torch.tensor(second),
-        torch.tensor(cosines, dtype=torch.float64),
-        torch.tensor(sines, dtype=torch.float64),
-    )
+    planes = np.array([step[:2] for step in steps], dtype=np.int64).reshape(-1, 2)
+    turns = np.array([step[2:] for step in steps], dtype=np.float64).reshape(-1, 2)
+    return (*planes.T, *turns.T)
 
 
-def _rotate_plane(sigma: np.ndarray, i: int, j: int, cos: float, sin: float) -> None:
+def _rotate_plane(sigma: NDArray[np.float64], i: int, j: int, cos: float, sin: float) -> None:
     """Sigma <- G^T Sigma G in place: two rows, then two columns."""
     sigma[i], sigma[j] = cos * sigma[i] + sin * sigma[j], cos * sigma[j] - sin * sigma[i]
     sigma[:, i], sigma[:, j] = (

@@ -17,6 +17,7 @@ crossings, both signs, no cap on candidates; theta = 0 counted, so that a pair m
 loss falls; the best rotation over all rounds returned, so that the loss never rises.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch import Tensor
 from mxtorq.formats import e8m0
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.spec import E2M1_CUTS, E2M1_MAGNITUDES
+from mxtorq.kernels.dispatch import Backend, pick
 
 _BINS = len(E2M1_MAGNITUDES)
 _HALF_TURN, _QUARTER_TURN = np.pi, np.pi / 2
@@ -40,6 +42,10 @@ _CUTS = np.array(E2M1_CUTS)
 _CUTS[1::2] = np.nextafter(_CUTS[1::2], 0.0)
 
 Columns = NDArray[np.float64]
+Crossings = list[tuple[Columns, Columns]]
+"""For each cut, arccos(cut / r) and phi of the samples (r, phi) that reach it."""
+Counted = Callable[[float], NDArray[np.int64]]
+"""The counts of both columns after a rotation by an angle."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +57,12 @@ class IntraBlockFit:
     """L after each S-step, the first for the identity; the rotation has the smallest of them."""
 
 
-def counts(magnitudes: Columns) -> NDArray[np.int64]:
+def counts(magnitudes: Columns, *, backend: Backend | str = Backend.AUTO) -> NDArray[np.int64]:
     """How many of each column's scaled magnitudes [n, columns] round to each of the 8 codes."""
+    if _compiled(backend):
+        from mxtorq.kernels.numba import sweep
+
+        return sweep.counts(magnitudes, _CUTS)
     bins = np.searchsorted(_CUTS, magnitudes, side="left")
     offsets = np.arange(magnitudes.shape[1]) * _BINS
     flat = np.bincount((bins + offsets).ravel(), minlength=magnitudes.shape[1] * _BINS)
@@ -65,34 +75,56 @@ def occupancy_loss(count: NDArray[np.int64]) -> NDArray[np.float64]:
     return np.asarray(((fractions - 1 / _BINS) ** 2).sum(-1))
 
 
-def best_angle(u: Columns, v: Columns) -> float:
+def best_angle(u: Columns, v: Columns, *, backend: Backend | str = Backend.AUTO) -> float:
     """The angle in [0, pi/2) that minimises h_u' + h_v' for u' = u cos - v sin, v' = u sin + v cos.
 
     Exact: every interval between critical angles is evaluated. Returns 0.0 unless another angle
     is strictly better.
     """
-    theta, source, target = _events(u, v)
+
+    def counted(theta: float) -> NDArray[np.int64]:
+        return counts(np.abs(_rotate(u, v, theta)), backend=backend).ravel()
+
+    find = _compiled_sweep if _compiled(backend) else _sweep
+    middle, squares = find(_crossings(u, v), counted)
+    at_zero = int((counts(np.abs(np.stack((u, v), 1)), backend=backend) ** 2).sum())
+    return middle if squares < at_zero else 0.0
+
+
+def _sweep(crossings: Crossings, counted: Counted) -> tuple[float, int]:
+    """The middle of the first of the best intervals, and its sum of squared counts."""
+    theta, source, target = _events(crossings)
     edges = np.concatenate(([0.0], theta, [_QUARTER_TURN]))
     wide = np.flatnonzero(np.diff(edges) > NARROWEST)
     middles = (edges[wide] + edges[wide + 1]) / 2
 
     # Counts in interval m = counts at the first wide interval + all moves between the two.
     # Two columns' squared counts sum to 2 n^2 at the most, which fits 32 bits up to n = 32,767.
-    integer: Any = np.int32 if len(u) < 2**15 else np.int64
+    start = counted(middles[0])
+    integer: Any = np.int32 if start.sum() < 2**16 else np.int64
     moves = np.zeros((2 * _BINS, len(theta) + 1), dtype=np.int8)
     event = np.arange(1, len(theta) + 1)
     moves[source, event] = -1
     moves[target, event] = 1
-    start = counts(np.abs(_rotate(u, v, middles[0]))).ravel()
     squares = np.zeros(len(wide), dtype=integer)
     for row, begin in zip(moves, start, strict=True):
         count = np.cumsum(row, dtype=integer)[wide]
         count += integer(begin) - count[0]
         squares += count * count
-
     best = int(np.argmin(squares))
-    at_zero = int((counts(np.abs(np.stack((u, v), 1))) ** 2).sum())
-    return float(middles[best]) if squares[best] < at_zero else 0.0
+    return float(middles[best]), int(squares[best])
+
+
+def _compiled_sweep(crossings: Crossings, counted: Counted) -> tuple[float, int]:
+    from mxtorq.kernels.numba import sweep
+
+    alpha, phi = (np.concatenate(parts) for parts in zip(*crossings, strict=True))
+    events = sweep.Events(alpha, phi, np.array([len(part) for part, _ in crossings]))
+    return events.best(counted(events.first_middle(NARROWEST)), NARROWEST)
+
+
+def _compiled(backend: Backend | str) -> bool:
+    return pick(backend, torch.device("cpu")) is Backend.NUMBA
 
 
 def _rotate(u: Columns, v: Columns, theta: float) -> Columns:
@@ -100,19 +132,24 @@ def _rotate(u: Columns, v: Columns, theta: float) -> Columns:
     return np.stack((u * cos - v * sin, u * sin + v * cos), axis=1)
 
 
-def _events(u: Columns, v: Columns) -> tuple[Columns, NDArray[np.int64], NDArray[np.int64]]:
+def _crossings(u: Columns, v: Columns) -> Crossings:
+    radius, phi = np.hypot(u, v), np.arctan2(v, u)
+    phi[phi < 0] += _HALF_TURN
+    reaching = ((cut, radius > cut) for cut in E2M1_CUTS)
+    return [(np.arccos(cut / radius[reaches]), phi[reaches]) for cut, reaches in reaching]
+
+
+def _events(
+    crossings: Crossings,
+) -> tuple[Columns, NDArray[np.int64], NDArray[np.int64]]:
     """Sorted critical angles in [0, pi/2) and, for each, the bin that a sample leaves and enters.
 
     With (u, v) = r (cos phi, sin phi): |u'| = r |cos(theta + phi)| and |v'| = r |sin(theta + phi)|.
     Bins are numbered 0..7 for u' and 8..15 for v'. Everything has period pi in theta and in phi.
     """
-    radius, phi = np.hypot(u, v), np.arctan2(v, u)
-    phi[phi < 0] += _HALF_TURN
     angles, sources, targets = [], [], []
-    for cut_index, cut in enumerate(E2M1_CUTS):
-        reaches = radius > cut
-        alpha, offset = np.arccos(cut / radius[reaches]), phi[reaches]
-        below, above = cut_index, cut_index + 1
+    for below, (alpha, offset) in enumerate(crossings):
+        above = below + 1
         for column, crossing, leaves, enters in (
             (0, alpha - offset, above, below),  # |cos| falls through the cut
             (0, -alpha - offset, below, above),
@@ -167,6 +204,7 @@ def maximize_entropy(
     pairs: int,
     complementarity: float,
     tolerance: float,
+    backend: Backend | str = Backend.AUTO,
 ) -> IntraBlockFit:
     """TORQ's Algorithm 2 on pooled blocks that the inter-block rotation has already been through.
 
@@ -178,6 +216,7 @@ def maximize_entropy(
         pairs: column pairs a round.
         complementarity: lambda of the pair score.
         tolerance: stop when a round changes L by less.
+        backend: who sweeps and counts.
     """
     x = blocks.double().cpu().numpy()
     width = x.shape[1]
@@ -185,7 +224,7 @@ def maximize_entropy(
     losses: list[float] = []
     for step in range(rounds + 1):
         z = _scaled(x @ rotation, s_step)
-        count = counts(np.abs(z))
+        count = counts(np.abs(z), backend=backend)
         loss = float(occupancy_loss(count).sum())
         if not losses or loss < min(losses):
             best = rotation
@@ -196,7 +235,7 @@ def maximize_entropy(
         rotation = rotation.copy()
         chosen = select_pairs(count, top=top, pairs=pairs, complementarity=complementarity)
         for p, q in chosen:
-            theta = best_angle(z[:, p], z[:, q])
+            theta = best_angle(z[:, p], z[:, q], backend=backend)
             if theta:
                 rotation[:, [p, q]] = _rotate(rotation[:, p], rotation[:, q], theta)
     return IntraBlockFit(torch.from_numpy(_orthonormal(best)), tuple(losses))

@@ -33,14 +33,10 @@ class TwoLevelRotation(Rotation):
 
     def __post_init__(self) -> None:
         blocks = self.features // BLOCK
-        reach = max(
-            (int(axis.max()) for axis in (self.inter.first, self.inter.second) if len(axis)),
-            default=0,
-        )
-        if self.features % BLOCK or reach >= blocks:
+        if self.features % BLOCK or self.inter.reach >= blocks:
             raise FormatError(
                 asked=f"a {self.kind} rotation of {self.features} features",
-                found=f"rotations that reach block {reach}",
+                found=f"rotations that reach block {self.inter.reach}",
                 why=f"there are {blocks} whole blocks of {BLOCK}",
                 todo="fit the rotation at the width of the input that it is for",
             )
