@@ -20,7 +20,8 @@ from mxtorq.formats.scales import (
     dequantize,
 )
 from mxtorq.rounding import ROUNDINGS
-from mxtorq.rounding.gptq import GPTQ, GroupScales, Inputs, Order, goal
+from mxtorq.rounding.goal import goal
+from mxtorq.rounding.gptq import GPTQ, GroupScales, Inputs, Order
 from mxtorq.rounding.rtn import RTN
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

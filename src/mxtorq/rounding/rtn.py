@@ -15,6 +15,7 @@ from torch import Tensor
 from mxtorq.formats import e2m1
 from mxtorq.formats.mxfp4 import MXFP4, as_blocks
 from mxtorq.formats.scales import Scale, ScaledE2M1, assemble, quantize
+from mxtorq.kernels.dispatch import Backend, pick
 from mxtorq.rounding.base import Rounding, require_finite
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 
@@ -33,9 +34,15 @@ class RTN(Rounding):
         require_scale(self.exponents, scale)
 
     def round(
-        self, weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], scale: Scale
+        self,
+        weight: Float32[Tensor, "d_out d"],
+        hessian: Callable[[], Tensor],
+        scale: Scale,
+        *,
+        backend: Backend | str = Backend.AUTO,
     ) -> MXFP4 | ScaledE2M1:
         self.check(scale)
+        pick(backend, weight.device)
         require_finite(weight)
         if self.exponents == 1:
             return quantize(weight, scale)
