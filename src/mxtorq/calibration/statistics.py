@@ -8,9 +8,9 @@ on the batch size.
 The Hessian is half of the work of a calibration. At most `TOKENS_AT_ONCE` tokens are multiplied at
 once, in float32 and for the upper triangle alone (in panels of 512 rows: 9/16 of the square at a
 width of 4096), and every such product is added to a float64 sum; the other triangle is its mirror
-image, so the Hessian is symmetric to the bit. A float32 sum of n products is off by at most n u / (1 - n u) of the sum of their magnitudes,
-u = 2^-24, in any order, fused or not (Higham, Accuracy and Stability, section 3.1); so whatever the
-number of batches,
+image, so the Hessian is symmetric to the bit. A float32 sum of n products is off by at most
+n u / (1 - n u) of the sum of their magnitudes, u = 2^-24, in any order, fused or not (Higham,
+Accuracy and Stability, section 3.1); so whatever the number of batches,
 
     |H_ij - (X^T X / tokens)_ij|  <=  2^-12 (|X|^T |X| / tokens)_ij  /  (1 - 2^-12)
 
@@ -80,7 +80,7 @@ class SiteAccumulator:
     def take_hessian(self) -> Float64[Tensor, "d d"]:
         """The uncentred second moment of everything that was added. It ends here: at the width of
         14336 a second copy would be 1.6 GiB."""
-        moment, self._sum = self._sum, self._sum[:0]
+        moment, self._sum = self._sum, self._sum.new_empty(0, 0)
         mirror_(moment)
         return moment.div_(self._seen)
 
@@ -101,8 +101,8 @@ def channel_amax(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
     """The largest magnitude of each channel; NaN where a channel holds one."""
     step = _AMAX_ROWS if rows.device.type == "cpu" else max(1, len(rows))
     amax = rows.new_zeros(rows.shape[1])
-    for part in rows.split(step):
-        torch.maximum(amax, part.abs().amax(0), out=amax)
+    for start in range(0, len(rows), step):
+        amax = torch.maximum(amax, rows[start : start + step].abs().amax(0))
     return amax
 
 

@@ -51,9 +51,7 @@ class Factor(NamedTuple):
         return columns if torch.equal(self.order, forward) else columns[self.order]
 
 
-def factorize(
-    moment: Float64[Tensor, "d d"], order: Int64[Tensor, " d"], damping: float
-) -> Factor:
+def factorize(moment: Float64[Tensor, "d d"], order: Int64[Tensor, " d"], damping: float) -> Factor:
     """The factor of a Hessian whose mean diagonal, times ``damping``, is added to its diagonal.
 
     Raises:

@@ -174,7 +174,8 @@ class GPTQ(Rounding):
         codes = torch.empty_like(free, dtype=torch.uint8)
         scales = torch.empty(width // BLOCK, rows, device=weight.device)
         if self.scales is GroupScales.STATIC:
-            chosen = choose_scales(as_blocks(weight), scale, self.exponents)
+            blocks = as_blocks(weight)
+            chosen = choose_scales(blocks, scale, self.exponents, backend=backend)
             scales.copy_(chosen.view(rows, -1).T)
         # With one exponent a rule looks at the largest magnitude alone, in any order of columns.
         dynamic = self.scales is GroupScales.DYNAMIC
@@ -189,7 +190,8 @@ class GPTQ(Rounding):
                 if dynamic and rule is None:
                     # Back in the weight's own order of columns, so that sums are those of RTN.
                     own = columns[order[here].argsort()].T.contiguous()
-                    scales[groups[first]] = choose_scales(own, scale, self.exponents)
+                    chosen = choose_scales(own, scale, self.exponents, backend=backend)
+                    scales[groups[first]] = chosen
                 codes[here] = fix_group_(columns, follow, scales, groups[here], rule, backend)
                 free[here] -= columns
                 moves[here].addmm_(pull[here, here], free[here])

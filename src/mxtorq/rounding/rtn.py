@@ -47,6 +47,6 @@ class RTN(Rounding):
         if self.exponents == 1:
             return quantize(weight, scale)
         blocks = as_blocks(weight)
-        scales = choose_scales(blocks, scale, self.exponents)
+        scales = choose_scales(blocks, scale, self.exponents, backend=backend)
         codes = e2m1.encode(blocks / scales[:, None])
         return assemble(codes.view_as(weight), scales.view(len(weight), -1), scale)

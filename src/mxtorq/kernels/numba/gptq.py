@@ -13,13 +13,13 @@ from jaxtyping import Float32, UInt8
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.spec import BLOCK, E2M1_EMAX, E8M0_MAX, E8M0_NAN
+from mxtorq.formats.spec import BLOCK, E2M1_EMAX, E8M0_MAX
 from mxtorq.kernels.numba.compile import kernel
 from mxtorq.kernels.numba.pool import over_rows
 
 _TILE = 64
 _LEAST = 256  # rows that are worth a thread
-_SIX, _FOUR, _TWO, _ONE, _HALF = (np.float32(x) for x in (6, 4, 2, 1, 0.5))
+_SIX, _FOUR, _TWO, _ONE = (np.float32(x) for x in (6, 4, 2, 1))
 _SHIFT = np.float32(2.0**22 + 3.0)  # as in `formats.e2m1`
 _INF_BITS, _NAN_BITS, _ABS = (np.int32(x) for x in (0x7F800000, 0x7FC00000, 0x7FFFFFFF))
 _LEAST_SCALE = np.int32(1 << 22)  # the bits of 2^-127
