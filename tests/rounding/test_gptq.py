@@ -430,6 +430,14 @@ def test_a_hessian_of_another_site_is_refused() -> None:
         GPTQ().round(weight(3, 64), lambda: correlated(96), ScaleRule.FLOOR)
 
 
+def test_a_backend_that_there_is_not_is_refused() -> None:
+    moment = correlated(64)
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        GPTQ().round(weight(3, 64), lambda: moment, ScaleRule.FLOOR, backend="fast")
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        GPTQ().compensated(weight(3, 64), moment, ScaleRule.FLOOR, backend="fast")
+
+
 def test_which_inputs_it_wants() -> None:
     assert ROUNDINGS["gptq"] is GPTQ
     assert GPTQ(inputs=Inputs.ROUNDED).sees_rounded_inputs

@@ -86,7 +86,7 @@ def _follow(
     )
     identity = torch.eye(BLOCK, dtype=torch.float64, device=lower.device)
     inverse: Tensor = torch.linalg.solve_triangular(blocks, identity, upper=False)
-    return (inverse * pivots.view(-1, BLOCK, 1)).float().flip(0, 1, 2)
+    return (inverse * pivots.view(-1, BLOCK, 1)).float().flip(0, 1, 2).contiguous()
 
 
 def _cholesky(

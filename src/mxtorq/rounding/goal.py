@@ -6,7 +6,7 @@ candidates more than all of GPTQ. But with the factor H + D = R R^T (`factor`; D
     goal(e) = sum_k (e R)_k^2  -  sum_k D_k e_k^2
 
 GPTQ has its own sum at hand when it ends, and partial sums bound the other candidate's from below,
-so most rows are decided after the first, short components. That is done in float32, and a row is
+so most rows are decided after some of its components. That is done in float32, and a row is
 decided only where the bound below leaves no doubt; all others are computed by `goal` in float64. So
 who wins is what exact numbers say, as far as float64 can tell.
 
@@ -119,10 +119,11 @@ def better_rows(
     # The factor holds no moment of a channel that was never seen: there should be none.
     if not bool(moment[moment.diagonal() == 0].any()):
         for start in range(0, len(weight), _ROWS):
-            rows = start + unclear[start : start + _ROWS].nonzero().flatten()
-            errors = factor.columns(weight[rows] - dequantize(_rows(plain, rows)))
-            clear, wins = _compare(least[rows], most[rows], errors, factor)
-            better[rows], unclear[rows] = wins, ~clear
+            rows = slice(start, start + _ROWS)
+            if bool(unclear[rows].any()):
+                errors = factor.columns(weight[rows] - dequantize(_rows(plain, rows)))
+                clear, better[rows] = _compare(least[rows], most[rows], errors, factor)
+                unclear[rows] &= ~clear
     return better | _by_goal(unclear, ours, plain, weight, moment)
 
 
@@ -135,6 +136,8 @@ def _compare(
     """Whether it is clear which goal is smaller, and whether it is that from ``least`` to ``most``.
 
     The other goal grows panel by panel of e R, and a row that is decided is left out of the next.
+    The last panel comes first. It costs most, and gives more than its share: many columns before it
+    pull on a column, and what rounding to nearest leaves of that GPTQ has made good.
     """
     width, rows = errors.shape
     panels = [slice(at, min(at + _PANEL, width)) for at in range(0, width, _PANEL)]
@@ -143,7 +146,7 @@ def _compare(
     sums = no_sums(rows, errors.device)
     for here in panels:
         sums.add_errors_(factor, here, errors[here])
-    for at, here in enumerate(panels):
+    for at, here in reversed(list(enumerate(panels))):
         outputs = factor.pull[here, here] @ errors[here]
         for before in panels[:at]:
             outputs.addmm_(factor.pull[here, before], errors[before])
@@ -151,13 +154,15 @@ def _compare(
         below, above = bounds(sums, factor, _PANEL + len(panels))
         won = most[left] < below
         wins[left[won]] = True
-        if here is panels[-1]:
+        if at == 0:
             clear[left] = won | (least[left] > above)
         elif int(won.sum()) * _WORTH > len(left):
             clear[left[won]] = True
             stay = (~won).nonzero().flatten()
             left, errors = left[stay], errors.index_select(1, stay)
             sums = Sums(*(part[stay] for part in sums))
+        if not len(left):
+            break
     return clear, wins
 
 
@@ -176,7 +181,7 @@ def _by_goal(
     return better
 
 
-def _rows(codes: MXFP4 | ScaledE2M1, rows: Tensor) -> MXFP4 | ScaledE2M1:
+def _rows(codes: MXFP4 | ScaledE2M1, rows: Tensor | slice) -> MXFP4 | ScaledE2M1:
     return type(codes)(*(part[rows] for part in codes))
 
 

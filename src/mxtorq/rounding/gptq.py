@@ -1,10 +1,10 @@
 """GPTQ: each column's rounding error is made good in the columns that are not rounded yet.
 
 For a row w the goal is (q - w) H (q - w)^T with H the second moment of the site's inputs. Columns
-are rounded one by one; after each, the free ones move to the exact minimiser of the (damped) goal
-given all that is fixed (GPTQ, arXiv 2210.17323, section 3.3). With H^-1 = U^T U and U upper
-triangular in the order of rounding, fixing column j at an error e subtracts e U_jk / U_jj from each
-later column k.
+are rounded one by one, each from where it is the exact minimiser of the (damped) goal given all
+that is fixed (GPTQ, arXiv 2210.17323, section 3.3). `factor` has the triangle that says where that
+is, `group` rounds 32 columns, and here errors are handed on: to the rest of a block of 128 columns
+after each group, to all later ones after each block.
 
 Group scales: ``dynamic`` chooses a group's scale from the compensated weights when its first column
 is reached; ``static`` chooses all from the weight as it came. Orders: ``forward``; ``backward``,
@@ -12,11 +12,11 @@ last column first, as the Babai rounding of WUSH (arXiv 2512.00956) runs; ``desc
 diagonal of H, which with static scales is MR-GPTQ's activation order (arXiv 2509.23202).
 
 Decided here. A row that would end above plain rounding on the undamped goal is given the plain
-codes, so no row is ever worse; the papers do not do this. Dynamic scales see every earlier column;
-DuQuant++'s released code (arXiv 2604.17789) misses those of the same 128. Under ``log256`` a
-dynamic group takes the grid of its 32 columns over all rows, as that code does, and plain rounding
-the whole tensor's. A channel that calibration never saw (H_jj = 0) is rounded plainly: the original
-sets its weights to 0. The factor is in float64, the weights move in float32.
+codes (`goal`), so no row is ever worse; the papers do not do this. Dynamic scales see every earlier
+column; DuQuant++'s released code (arXiv 2604.17789) misses those of the same 128. Under ``log256``
+a dynamic group takes the grid of its 32 columns over all rows, as that code does, and plain
+rounding the whole tensor's. A channel that calibration never saw (H_jj = 0) is rounded plainly: the
+original sets its weights to 0.
 """
 
 from collections.abc import Callable

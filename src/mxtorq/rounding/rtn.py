@@ -9,11 +9,12 @@ is measured against.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from mxtorq.formats import e2m1
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, chunks
 from mxtorq.formats.scales import Scale, ScaledE2M1, assemble, quantize
 from mxtorq.kernels.dispatch import Backend, pick
 from mxtorq.rounding.base import Rounding, require_finite
@@ -48,5 +49,7 @@ class RTN(Rounding):
             return quantize(weight, scale)
         blocks = as_blocks(weight)
         scales = choose_scales(blocks, scale, self.exponents, backend=backend)
-        codes = e2m1.encode(blocks / scales[:, None])
+        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+        for here in chunks(blocks):
+            codes[here] = e2m1.encode(blocks[here] / scales[here, None])
         return assemble(codes.view_as(weight), scales.view(len(weight), -1), scale)
