@@ -27,8 +27,8 @@ from torch import Tensor
 from mxtorq import MxtorqError
 from mxtorq.config import parse_method, parse_rounding
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.scales import dequantize, fake_quantize
 from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.dispatch import dequantize, fake_quantize
 from mxtorq.models.family import SiteName
 from mxtorq.rounding.base import Rounding
 from mxtorq.transforms.base import SiteStatistics, TransformMethod

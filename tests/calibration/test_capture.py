@@ -95,7 +95,9 @@ def test_the_sample_does_not_depend_on_the_batches() -> None:
     one, two = (each.finish(SiteName.DOWN_IN, ()) for each in (whole, parts))
     assert len(one.sample) == SAMPLE_TOKENS
     assert torch.equal(one.sample, two.sample)
-    assert torch.allclose(one.hessian, two.hessian, rtol=1e-12, atol=1e-13)
+    # Float32 sums of at most all rows: each off by so much of the sum of magnitudes.
+    bound = len(rows) * 2.0**-24 * (rows.abs().double().T @ rows.abs().double()) / len(rows)
+    assert ((one.hessian - two.hessian).abs() <= 2.01 * bound).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -15,11 +15,9 @@ from mxtorq.formats.scales import (
     ScaledE2M1,
     assemble,
     block_scales,
-    dequantize,
-    fake_quantize,
     is_ocp,
-    quantize,
 )
+from mxtorq.kernels.dispatch import dequantize, fake_quantize, quantize
 
 SCALES: list[Scale] = [*ScaleRule, *NonOCPScale]
 LOG256, FOUR_THIRDS = NonOCPScale.LOG256, NonOCPScale.FOUR_THIRDS

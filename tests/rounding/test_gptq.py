@@ -17,10 +17,11 @@ from mxtorq.formats.scales import (
     ScaledE2M1,
     assemble,
     block_scales,
-    dequantize,
 )
+from mxtorq.kernels.dispatch import dequantize
 from mxtorq.rounding import ROUNDINGS
-from mxtorq.rounding.gptq import GPTQ, GroupScales, Inputs, Order, goal
+from mxtorq.rounding.goal import goal
+from mxtorq.rounding.gptq import GPTQ, GroupScales, Inputs, Order
 from mxtorq.rounding.rtn import RTN
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -427,6 +428,14 @@ def test_numbers_that_are_not_finite_are_refused() -> None:
 def test_a_hessian_of_another_site_is_refused() -> None:
     with pytest.raises(UsageError, match=r"pass the Hessian \[64, 64\]"):
         GPTQ().round(weight(3, 64), lambda: correlated(96), ScaleRule.FLOOR)
+
+
+def test_a_backend_that_there_is_not_is_refused() -> None:
+    moment = correlated(64)
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        GPTQ().round(weight(3, 64), lambda: moment, ScaleRule.FLOOR, backend="fast")
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        GPTQ().compensated(weight(3, 64), moment, ScaleRule.FLOOR, backend="fast")
 
 
 def test_which_inputs_it_wants() -> None:

@@ -5,7 +5,8 @@ import torch
 
 from mxtorq.errors import FormatError, ModelError, UsageError
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.scales import NonOCPScale, Scale, dequantize, quantize
+from mxtorq.formats.scales import NonOCPScale, Scale
+from mxtorq.kernels.dispatch import dequantize, quantize
 from mxtorq.rounding import ROUNDINGS
 from mxtorq.rounding.rtn import RTN
 
@@ -81,3 +82,13 @@ def test_what_no_code_stands_for_is_refused(exponents: int, bad: float) -> None:
 def test_a_width_of_broken_blocks_is_refused(exponents: int) -> None:
     with pytest.raises(FormatError, match="multiple of 32"):
         RTN(exponents=exponents).round(weight(2, 48), no_hessian, ScaleRule.FLOOR)
+
+
+@pytest.mark.parametrize("exponents", [1, 3])
+def test_every_backend_has_the_same_bits(exponents: int) -> None:
+    rounding, w = RTN(exponents=exponents), weight(700, 640)
+    eager = rounding.round(w, no_hessian, ScaleRule.EVEN, backend="eager")
+    fastest = rounding.round(w, no_hessian, ScaleRule.EVEN)
+    assert all(torch.equal(*parts) for parts in zip(eager, fastest, strict=True))
+    with pytest.raises(UsageError, match="eager, numba, triton"):
+        rounding.round(w, no_hessian, ScaleRule.EVEN, backend="fast")

@@ -98,7 +98,7 @@ def capture_hessians(
         ModelError: an activation is NaN or Inf.
     """
     accumulators = _record(layer, sites, inputs, 0, through)
-    return {name: accumulator.hessian for name, accumulator in accumulators.items()}
+    return {name: accumulator.take_hessian() for name, accumulator in accumulators.items()}
 
 
 def reader_weights(layer: nn.Module, site: Site) -> tuple[Tensor, ...]:

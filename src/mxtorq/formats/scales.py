@@ -10,7 +10,7 @@ every table; nothing that uses them can be exported.
     four-thirds   MR-GPTQ: 4/3 of the OCP floor scale, so amax/s lies in [3, 6) and nothing is cut.
                   An E8M0 byte and a constant that the matrix unit knows nothing of.
 
-Rounding and emulation call these functions with either kind; `mxfp4` is the strict format.
+`mxfp4` is the strict format; `kernels.dispatch` has functions that take either kind.
 """
 
 from enum import StrEnum
@@ -81,29 +81,25 @@ def block_scales(blocks: Float32[Tensor, "*shape 32"], scale: Scale) -> Float32[
 
 def fake_quantize(
     values: Float[Tensor, "*rows d"],
-    scale: Scale,
+    scale: NonOCPScale,
     out: Float[Tensor, "*rows d"] | None = None,
 ) -> Float[Tensor, "*rows d"]:
-    """Values rounded to E2M1 under either kind of scale, in their own dtype.
+    """Values rounded to E2M1 under scales outside of the format, in their own dtype.
 
     Raises:
         FormatError: as `mxfp4.fake_quantize`: the dtype has to be float32 or bfloat16.
     """
-    if isinstance(scale, ScaleRule):
-        return mxfp4.fake_quantize(values, scale, out)
     mxfp4.as_blocks(values, (torch.float32, torch.bfloat16))
     result = mxfp4.check_out(out, values.shape, values.dtype, values.device)
     return result.copy_(dequantize(quantize(values, scale)))
 
 
-def quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> MXFP4 | ScaledE2M1:
-    """Round to nearest under either kind of scale.
+def quantize(values: Float[Tensor, "*rows d"], scale: NonOCPScale) -> ScaledE2M1:
+    """Round to nearest under scales outside of the format.
 
     Raises:
         FormatError: as `mxfp4.quantize`.
     """
-    if isinstance(scale, ScaleRule):
-        return mxfp4.quantize(values, scale)
     blocks = mxfp4.as_blocks(values).float()
     scales = block_scales(blocks, scale)
     packed = e2m1.pack(e2m1.encode(blocks / scales[:, None]))
@@ -111,10 +107,8 @@ def quantize(values: Float[Tensor, "*rows d"], scale: Scale) -> MXFP4 | ScaledE2
     return ScaledE2M1(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
 
 
-def dequantize(quantized: MXFP4 | ScaledE2M1) -> Float32[Tensor, "*rows d"]:
-    """The values of either kind, in float32."""
-    if isinstance(quantized, MXFP4):
-        return mxfp4.dequantize(quantized)
+def dequantize(quantized: ScaledE2M1) -> Float32[Tensor, "*rows d"]:
+    """The values of such a tensor, in float32."""
     packed, scales = quantized
     rows = packed.reshape(-1, BLOCK // 2)
     values = e2m1.decode_packed(rows, torch.float32) * scales.reshape(-1, 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from mxtorq.errors import ModelError
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale, ScaledE2M1
+from mxtorq.kernels.dispatch import Backend
 
 
 class Rounding(ABC):
@@ -37,7 +38,12 @@ class Rounding(ABC):
 
     @abstractmethod
     def round(
-        self, weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], scale: Scale
+        self,
+        weight: Float32[Tensor, "d_out d"],
+        hessian: Callable[[], Tensor],
+        scale: Scale,
+        *,
+        backend: Backend | str = Backend.AUTO,
     ) -> MXFP4 | ScaledE2M1:
         """Choose codes for the stacked, transformed weights of a site.
 
@@ -46,9 +52,10 @@ class Rounding(ABC):
             hessian: gives the second moment [d, d] of the site's transformed inputs, float64. A
                 function, because transforming a Hessian costs more than rounding to nearest does.
             scale: how block scales are chosen.
+            backend: who computes where there is a choice; the bits are the same.
 
         Raises:
-            UsageError: as `check`.
+            UsageError: as `check`, or the backend cannot serve.
             ModelError: the weight holds NaN or Inf.
             FormatError: 32 does not divide d.
         """
@@ -60,6 +67,8 @@ def require_finite(weight: Float32[Tensor, "d_out d"]) -> None:
     Raises:
         ModelError: it holds NaN or Inf.
     """
+    if bool(weight.sum().isfinite()):  # much cheaper than a look at each number; may overflow
+        return
     bad = ~torch.isfinite(weight)
     if bool(bad.any()):
         row, column = bad.nonzero()[0].tolist()

@@ -22,6 +22,7 @@ from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import chunks
 from mxtorq.formats.scales import Scale, block_scales
 from mxtorq.formats.spec import E8M0_MAX
+from mxtorq.kernels.dispatch import Backend, pick
 
 _CHOICES = (1, 3)
 
@@ -57,7 +58,11 @@ def require_scale(exponents: int, scale: Scale) -> None:
 
 
 def choose_scales(
-    blocks: Float32[Tensor, "n 32"], scale: Scale, exponents: int
+    blocks: Float32[Tensor, "n 32"],
+    scale: Scale,
+    exponents: int,
+    *,
+    backend: Backend | str = Backend.AUTO,
 ) -> Float32[Tensor, " n"]:
     """The scale of each block: `block_scales` for one exponent, `search_exponents` for three.
 
@@ -66,15 +71,21 @@ def choose_scales(
     """
     require_scale(exponents, scale)
     if exponents > 1 and isinstance(scale, ScaleRule):
-        return search_exponents(blocks, scale)
+        return search_exponents(blocks, scale, backend=backend)
     return block_scales(blocks, scale)
 
 
-def search_exponents(blocks: Float32[Tensor, "n 32"], rule: ScaleRule) -> Float32[Tensor, " n"]:
+def search_exponents(
+    blocks: Float32[Tensor, "n 32"], rule: ScaleRule, *, backend: Backend | str = Backend.AUTO
+) -> Float32[Tensor, " n"]:
     """The power of two of least squared error among the rule's and its neighbours.
 
     Bytes stay within 0..254. NaN where a block holds NaN or Inf.
     """
+    if pick(backend, blocks.device) is Backend.NUMBA:
+        from mxtorq.kernels.numba import exponents
+
+        return exponents.search_exponents(blocks, rule)
     scales = torch.empty(len(blocks), dtype=torch.float32, device=blocks.device)
     for here in chunks(blocks):
         scales[here] = _search(blocks[here], rule)

@@ -9,13 +9,14 @@ is measured against.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float32
 from torch import Tensor
 
 from mxtorq.formats import e2m1
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, chunks
 from mxtorq.formats.scales import Scale, ScaledE2M1, assemble
-from mxtorq.kernels.dispatch import quantize
+from mxtorq.kernels.dispatch import Backend, quantize
 from mxtorq.rounding.base import Rounding, require_finite
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 
@@ -34,13 +35,20 @@ class RTN(Rounding):
         require_scale(self.exponents, scale)
 
     def round(
-        self, weight: Float32[Tensor, "d_out d"], hessian: Callable[[], Tensor], scale: Scale
+        self,
+        weight: Float32[Tensor, "d_out d"],
+        hessian: Callable[[], Tensor],
+        scale: Scale,
+        *,
+        backend: Backend | str = Backend.AUTO,
     ) -> MXFP4 | ScaledE2M1:
         self.check(scale)
         require_finite(weight)
         if self.exponents == 1:
-            return quantize(weight, scale)
+            return quantize(weight, scale, backend=backend)
         blocks = as_blocks(weight)
-        scales = choose_scales(blocks, scale, self.exponents)
-        codes = e2m1.encode(blocks / scales[:, None])
+        scales = choose_scales(blocks, scale, self.exponents, backend=backend)
+        codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+        for here in chunks(blocks):
+            codes[here] = e2m1.encode(blocks[here] / scales[here, None])
         return assemble(codes.view_as(weight), scales.view(len(weight), -1), scale)
