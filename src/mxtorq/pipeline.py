@@ -64,7 +64,7 @@ def quantize(
     require_absent(out)
     require_ocp(recipe)
     progress("load", 0, 2)
-    source = load_model(model, recipe.outliers, recipe.seed, device)
+    source = load_model(model, recipe.outliers, recipe.seed, device, at_rest=True)
     recipe.method.check(network_shape(source.model, source.family))
     progress("load", 1, 2)
     windows = calibrate(source, recipe)
@@ -135,9 +135,14 @@ def evaluate(
 # The chapters.
 
 
-def load_model(model: str, outliers: str | None, seed: int, device: str) -> Source:
-    """The unquantized model, with the outliers that were asked for."""
-    source = load_source(model, pick_device(device))
+def load_model(
+    model: str, outliers: str | None, seed: int, device: str, *, at_rest: bool = False
+) -> Source:
+    """The unquantized model, with the outliers that were asked for.
+
+    ``at_rest`` leaves its decoder layers in BF16 on the CPU until `quantize_` comes to them.
+    """
+    source = load_source(model, pick_device(device), at_rest=at_rest)
     if outliers is not None:
         add_outliers_(source.model, source.family, outliers, seed)
     return source

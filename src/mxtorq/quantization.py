@@ -26,7 +26,7 @@ from mxtorq.evaluation.fidelity import output_error
 from mxtorq.export.manifest import SiteEntry
 from mxtorq.formats.scales import Scale
 from mxtorq.kernels.dispatch import fake_quantize
-from mxtorq.loading.source import Source
+from mxtorq.loading.source import Source, place, staged_
 from mxtorq.models.family import Family, Site
 from mxtorq.surgery.fuse import quantize_site_, require_fit
 from mxtorq.surgery.linear import fused_weight, linear_at
@@ -78,7 +78,7 @@ def quantize_(
     inputs = first_layer_inputs(model, family, windows)
     transforms: dict[str, Transform] = {}
     entries: list[SiteEntry] = []
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(staged_(layers, source.device)):
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
         statistics = capture_sites(layer, sites, inputs, recipe.seed)
@@ -105,7 +105,9 @@ def rotate_(
     progress: Progress,
 ) -> None:
     """Merge the method's rotations of the whole model into its weights, if it has any."""
-    model, family = source.model, source.family
+    if not recipe.method.rotates:
+        return
+    model, family = place(source.model, source.device), source.family
     whole = replace(
         network(model, family, windows),
         progress=lambda done, total: progress("rotate", done, total),

@@ -11,8 +11,11 @@ architecture needs must be there, and none may hold NaN or Inf.
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +80,46 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.float() if device.type == "cpu" else model.to(device)
 
 
-def load_source(name: str, device: torch.device) -> Source:
+def place_around_(model: nn.Module, layers: str, device: torch.device) -> None:
+    """Put everything but the decoder layers where it computes; they stay in BF16 on the CPU."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if not name.startswith(f"{layers}."):
+            tensor.data = _placed(tensor, device)
+
+
+def staged_(layers: Sequence[nn.Module], device: torch.device) -> Iterator[nn.Module]:
+    """Each layer once it lies where it computes; the next is moved and cast while it is worked on.
+
+    A layer is moved once. Layers that are there already cost nothing.
+    """
+
+    def place_(layer: nn.Module) -> nn.Module:
+        for tensor in chain(layer.parameters(), layer.buffers()):
+            tensor.data = _placed(tensor, device)
+        return layer
+
+    with ThreadPoolExecutor(1, thread_name_prefix="mxtorq-layers") as mover:
+        coming = mover.submit(place_, layers[0])
+        for following in (*layers[1:], None):
+            layer = coming.result()
+            if following is not None:
+                coming = mover.submit(place_, following)
+            yield layer
+
+
+def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # As in `place`: float32 on a CPU, elsewhere what it was.
+    wide = device.type == "cpu" and tensor.is_floating_point()
+    return tensor.data.to(device, torch.float32 if wide else tensor.dtype)
+
+
+def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> Source:
     """Read a model by folder, hub id, or ``reference``.
+
+    Args:
+        name: which.
+        device: where it computes.
+        at_rest: leave its decoder layers in BF16 on the CPU, for `staged_`.
 
     Raises:
         ModelError: it is missing or gated, of an unknown family, quantized already, damaged or
@@ -86,7 +127,7 @@ def load_source(name: str, device: torch.device) -> Source:
     """
     if name == REFERENCE:
         with as_file(files("mxtorq.embedded") / "model") as folder:
-            return _load(name, str(folder), device)
+            return _load(name, str(folder), device, at_rest)
     path = Path(name)
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(name)):
         raise ModelError(
@@ -95,10 +136,10 @@ def load_source(name: str, device: torch.device) -> Source:
             why="a model is a folder with config.json and *.safetensors, or a hub id",
             todo=f"check the path, or use {REFERENCE!r} for the model inside this package",
         )
-    return _load(name, name, device)
+    return _load(name, name, device, at_rest)
 
 
-def _load(name: str, where: str, device: torch.device) -> Source:
+def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
     family = _supported_family(name, _read_config(name, where))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -123,7 +164,11 @@ def _load(name: str, where: str, device: torch.device) -> Source:
             todo="download the model again; every shard that its index names must be there",
         )
     _require_finite(name, model)
-    model = place(model.eval().requires_grad_(False), device)
+    model.eval().requires_grad_(False)
+    if at_rest:
+        place_around_(model, family.layers, device)
+    else:
+        model = place(model, device)
     return Source(name=name, model=model, tokenizer=tokenizer, family=family)
 
 

@@ -207,6 +207,11 @@ class TransformMethod(ABC):
             UsageError: with what would work.
         """
 
+    @property
+    def rotates(self) -> bool:
+        """Whether `rotations` chooses any; if so the whole model has to be in memory for it."""
+        return type(self).rotations is not TransformMethod.rotations
+
     def rotations(self, network: Network, seed: int) -> OfflineRotations:
         """Choose what is merged into the weights of the whole model before sites are fitted."""
         return OfflineRotations()
