@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """Tiles of float32 to MXFP4 and back, inside kernels: what every kernel file shares.
 
 The arithmetic is that of `formats.e8m0` and `formats.e2m1` line by line, on the bits of float32:

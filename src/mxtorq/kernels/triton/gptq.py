@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """GPTQ's inner block: one group of 32 columns, rounded column by column, all rows side by side.
 
 The serial part of GPTQ (see `rounding.gptq`) is a loop over columns in which every row does the
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.triton.compile import OPTIONS, kernel, on_device
 from mxtorq.kernels.triton.elements import (
     as_bits,
@@ -66,10 +65,7 @@ def group_kernel(
     for j in range(32):  # unrolled it takes a third of the time and half a minute to compile
         # The sum has one term, as integers: a float sum would lose the sign of -0.
         column = as_float(tl.sum(tl.where((place == j)[:, None], as_bits(free), 0), axis=0))
-        if DYNAMIC:
-            multiple = column * inverse
-        else:
-            multiple = tl.div_rn(column, scale)
+        multiple = column * inverse if DYNAMIC else tl.div_rn(column, scale)
         error = column - nearest(as_bits(multiple)) * scale
         tl.store(columns + j * rows + row, multiple, mask=inside)
         tl.store(errors + j * rows + row, error, mask=inside)
@@ -127,5 +123,3 @@ def round_group_(
             num_stages=1,
             **OPTIONS,
         )
-
-

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """W4A4 products: packed MXFP4 weights times packed MXFP4 activations, float32 sums.
 
 `tl.dot_scaled` takes codes and scale bytes of both sides as they are stored. Blackwell (sm_100,
@@ -160,7 +160,7 @@ def matmul(
     steps = triton.cdiv(triton.cdiv(depth, INNER), parts)
     parts = triton.cdiv(triton.cdiv(depth, INNER), steps)
     apart = parts > 1
-    room = torch.empty(parts, count, rows, device=packed.device) if apart else bits_or(target)
+    room = torch.empty(parts, count, rows, device=packed.device) if apart else _as_stored(target)
     added = None if bias is None else bias.detach().float().contiguous()
     with on_device(packed):
         matmul_kernel[(tiles, parts)](
@@ -182,7 +182,7 @@ def matmul(
     return target
 
 
-def bits_or(target: Tensor) -> Tensor:
+def _as_stored(target: Tensor) -> Tensor:
     """A bfloat16 result as the integers that the kernel stores; float32 as it is."""
     return bits(target) if target.dtype == torch.bfloat16 else target
 
@@ -193,4 +193,3 @@ def _splits(count: int, tiles: int, depth: int, device: torch.device) -> int:
         return 1
     processors: int = torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, min(2 * processors // tiles, depth // (4 * INNER)))
-

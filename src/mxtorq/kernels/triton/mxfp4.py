@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """`formats.mxfp4` on GPUs: quantize, fake_quantize and dequantize in one pass over memory each.
 
 Same names, arguments, errors and bits as the eager functions, which say what they do; ``out`` takes

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """An online rotation and the rounding behind it in one pass: I (x) R, one 32 x 32 matrix.
 
 Every block of 32 features is multiplied by the same matrix and rounded to MXFP4: the activation is

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 """TORQ's pair online: z = R_inter^T X R_intra for each token X [blocks, 32], then rounding.
 
 R_inter is a chain of Givens rotations between whole blocks. Two ways to apply it:
@@ -33,6 +33,8 @@ from mxtorq.kernels.triton.compile import OPTIONS, bits, kernel, on_device
 from mxtorq.kernels.triton.elements import as_float, emit, float_bits
 from mxtorq.kernels.triton.rotate import Sums, dot, fake_result, new_quantized, require_square
 
+SHORT = 128
+"""Blocks up to which a program of the chain takes 4 tokens at a time; above, it takes one."""
 _TILE = 16  # blocks of a token that meet R_intra at once
 _SCRATCH = 24 << 20  # bytes of all programs: half of the second-level cache of a data-centre GPU
 _PROGRAMS = 8  # a multiprocessor, where the scratch allows it
@@ -213,8 +215,7 @@ def two_level_quantize(
 
     Raises:
         FormatError: as `quantize`.
-        UsageError: the rotations are not those of this width or device; a dense R_inter with
-            ascending sums.
+        UsageError: R_inter is of another width or device, or dense with ascending sums.
     """
     packed, scales = new_quantized(values.numel() // BLOCK, values.device)
     _launch(values, inter, intra, packed, scales, rule, sums, fake=False)
@@ -230,12 +231,10 @@ def two_level_fake_quantize(
     sums: Sums = Sums.TF32X3,
     out: Tensor | None = None,
 ) -> Float[Tensor, "*tokens d"]:
-    """What `two_level_quantize` stands for, as float32; or as the dtype of ``out``, float32 or
-    bfloat16, in which the values are exact too.
+    """What `two_level_quantize` stands for, as float32 or the dtype of ``out``, as in `rotate`.
 
     Raises:
-        FormatError: as `quantize`.
-        UsageError: as `two_level_quantize`, and where ``out`` cannot take the result.
+        FormatError, UsageError: as `two_level_quantize`, and where ``out`` cannot take the result.
     """
     target = fake_result(values, out)
     _launch(values, inter, intra, bits(target), target, rule, sums, fake=True)
@@ -278,7 +277,7 @@ def _launch(
         return
     with on_device(values):
         if isinstance(inter, Chain):
-            each = 4 if blocks <= 128 else 1
+            each = 4 if blocks <= SHORT else 1
             programs = min(triton.cdiv(tokens, each), _programs(values.device, each * blocks))
             room = torch.empty(programs * each * blocks * BLOCK, device=values.device)
             chain_kernel[(programs,)](
