@@ -126,6 +126,21 @@ MORE = {
     "product wide": product(128, True),
     "product ragged": product(32, False),
 }
+# Arguments that are 1 become constants, whose code takes other ways through the compiler.
+SINGLE = {
+    "quantize one block": ("quantize", ("blocks",)),
+    "dequantize one block": ("dequantize", ("blocks",)),
+    "fake_quantize one block": ("fake_quantize", ("blocks",)),
+    "rotate one block": ("rotate", ("blocks",)),
+    "chain of one rotation": ("chain", ("tokens", "steps")),
+    "dense one block": ("dense", ("tokens", "blocks")),
+    "group of one row": ("group", ("rows",)),
+    "product one token": ("product", ("count", "steps")),
+    "product one row": ("product ragged", ("rows", "blocks")),
+}
+for _name, (_base, _ones) in SINGLE.items():
+    _variant = (ALL | MORE)[_base]
+    MORE[_name] = _variant._replace(constants=_variant.constants | dict.fromkeys(_ones, 1))
 JOBS = [(name, capability) for name in ALL for capability in CAPABILITIES]
 JOBS += [(name, 90) for name in MORE]
 

@@ -9,14 +9,16 @@ the one thing that can change a bit: a sum next to a rounding cut may fall on it
 
     ascending   from +0, k = 0 to 31, every product and every sum rounded to float32 (nothing is
                 fused): the bits of the same loop in eager torch, on every device
-    ieee        float32 fused multiply-adds in an order that the compiler chooses; no matrix units
-    tf32x3      three products on the matrix units that together carry float32 (some units in the
-                last place of the sum of magnitudes); for speed on float32
+    ieee        float32 fused multiply-adds in an order that the compiler chooses; NVIDIA's matrix
+                units cannot do this, AMD's can
+    tf32x3      three products on NVIDIA's matrix units that together carry float32 (some units in
+                the last place of the sum of magnitudes); AMD has no such units
     bf16        one product on the matrix units: input and matrix are first rounded to bfloat16,
                 relative error up to 2^-8 of the sum of magnitudes; for bfloat16 input only the
                 matrix loses anything
 
-Given the float32 sums, codes and scales are exact: the rounding is that of `formats.mxfp4`.
+Where a caller leaves it out, it is tf32x3, on AMD GPUs ieee. Given the float32 sums, codes and
+scales are exact: the rounding is that of `formats.mxfp4`.
 """
 
 from enum import StrEnum
@@ -97,7 +99,7 @@ def rotate_quantize(
     values: Float[Tensor, "*rows d"],
     matrix: Float[Tensor, "32 32"],
     rule: ScaleRule = ScaleRule.FLOOR,
-    sums: Sums = Sums.TF32X3,
+    sums: Sums | None = None,
 ) -> MXFP4:
     """`quantize` of every block of 32 times ``matrix`` (row vectors: x' = x R).
 
@@ -119,7 +121,7 @@ def rotate_fake_quantize(
     values: Float[Tensor, "*rows d"],
     matrix: Float[Tensor, "32 32"],
     rule: ScaleRule = ScaleRule.FLOOR,
-    sums: Sums = Sums.TF32X3,
+    sums: Sums | None = None,
     out: Tensor | None = None,
 ) -> Float[Tensor, "*rows d"]:
     """What `rotate_quantize` stands for, as float32; or as the dtype of ``out``, float32 or
@@ -133,6 +135,13 @@ def rotate_fake_quantize(
     target = fake_result(values, out)
     _launch(rows, matrix, bits(target), target, rule, sums, fake=True)
     return target
+
+
+def chosen(sums: Sums | None) -> Sums:
+    """``sums``, or what the device type is good at."""
+    if sums is None:
+        return Sums.IEEE if torch.version.hip else Sums.TF32X3
+    return Sums(sums)
 
 
 def new_quantized(
@@ -175,7 +184,7 @@ def _launch(
     out: Tensor,
     scales: Tensor,
     rule: ScaleRule,
-    sums: Sums,
+    sums: Sums | None,
     *,
     fake: bool,
 ) -> None:
@@ -192,7 +201,7 @@ def _launch(
             blocks,
             rule.card.add,
             STEP=_STEP,
-            SUMS=Sums(sums).value,
+            SUMS=chosen(sums).value,
             FAKE=fake,
             num_warps=_WARPS,
             **OPTIONS,

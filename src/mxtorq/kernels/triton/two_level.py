@@ -17,38 +17,33 @@ in registers, then rounding, so that memory sees the activation once and codes a
 bits everywhere. Without R_intra the chain is exact in this sense under any `Sums`.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Float32, Float64, Int32, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, as_blocks
 from mxtorq.formats.spec import BLOCK
+from mxtorq.kernels.triton.chain import Chain
 from mxtorq.kernels.triton.compile import OPTIONS, bits, kernel, on_device
 from mxtorq.kernels.triton.elements import as_float, emit, float_bits
-from mxtorq.kernels.triton.rotate import Sums, dot, fake_result, new_quantized, require_square
+from mxtorq.kernels.triton.rotate import (
+    Sums,
+    chosen,
+    dot,
+    fake_result,
+    new_quantized,
+    require_square,
+)
 
 SHORT = 128
 """Blocks up to which a program of the chain takes 4 tokens at a time; above, it takes one."""
 _TILE = 16  # blocks of a token that meet R_intra at once
 _SCRATCH = 24 << 20  # bytes of all programs: half of the second-level cache of a data-centre GPU
 _PROGRAMS = 8  # a multiprocessor, where the scratch allows it
-
-
-class Chain(NamedTuple):
-    """Givens rotations as the kernel reads them; `prepare` makes it, once for a layer."""
-
-    planes: Int32[Tensor, "steps 2"]
-    """The two blocks of each rotation, times 2, plus 1 where no earlier rotation touched it."""
-    angles: Float32[Tensor, "steps 2"]
-    """Cosine and sine."""
-    touched: Int32[Tensor, " blocks"]
-    """1 for blocks that some rotation touches."""
 
 
 @kernel
@@ -169,46 +164,12 @@ def dense_kernel(
     emit(tile, token.to(tl.int64) * blocks + target, inside, out, scales, add, FAKE)
 
 
-def prepare(
-    first: Int64[Tensor, " m"],
-    second: Int64[Tensor, " m"],
-    cos: Float64[Tensor, " m"],
-    sin: Float64[Tensor, " m"],
-    blocks: int,
-    device: torch.device,
-) -> Chain:
-    """The parts of a `GivensChain` over so many blocks, in the form the kernel reads.
-
-    Raises:
-        UsageError: a rotation reaches a block that is not there.
-    """
-    seen: set[int] = set()
-    planes = []
-    for pair in zip(first.tolist(), second.tolist(), strict=True):
-        planes.append([2 * block + (block not in seen) for block in pair])
-        seen.update(pair)
-    if seen and not 0 <= min(seen) <= max(seen) < blocks:
-        raise UsageError(
-            asked=f"a chain of rotations over {blocks} blocks",
-            found=f"blocks {min(seen)} to {max(seen)} in it",
-            why="a rotation mixes two blocks of the same token",
-            todo="pass the chain and the width of the same site",
-        )
-    touched = torch.zeros(blocks, dtype=torch.int32)
-    touched[sorted(seen)] = 1
-    return Chain(
-        torch.tensor(planes, dtype=torch.int32).view(-1, 2).to(device),
-        torch.stack((cos, sin), dim=-1).float().to(device),
-        touched.to(device),
-    )
-
-
 def two_level_quantize(
     values: Float[Tensor, "*tokens d"],
     inter: Chain | Float[Tensor, "blocks blocks"],
     intra: Float[Tensor, "32 32"] | None = None,
     rule: ScaleRule = ScaleRule.FLOOR,
-    sums: Sums = Sums.TF32X3,
+    sums: Sums | None = None,
 ) -> MXFP4:
     """`quantize` of R_inter^T X R_intra; R_inter as a `Chain`, or dense, which is the caller's
     choice between the two ways.
@@ -228,7 +189,7 @@ def two_level_fake_quantize(
     inter: Chain | Float[Tensor, "blocks blocks"],
     intra: Float[Tensor, "32 32"] | None = None,
     rule: ScaleRule = ScaleRule.FLOOR,
-    sums: Sums = Sums.TF32X3,
+    sums: Sums | None = None,
     out: Tensor | None = None,
 ) -> Float[Tensor, "*tokens d"]:
     """What `two_level_quantize` stands for, as float32 or the dtype of ``out``, as in `rotate`.
@@ -248,7 +209,7 @@ def _launch(
     out: Tensor,
     scales: Tensor,
     rule: ScaleRule,
-    sums: Sums,
+    sums: Sums | None,
     *,
     fake: bool,
 ) -> None:
@@ -256,14 +217,14 @@ def _launch(
     blocks = values.shape[-1] // BLOCK
     tokens = len(rows) // blocks
     weights = rows if intra is None else require_square(intra, BLOCK, rows)
-    options = {"INTRA": intra is not None, "SUMS": Sums(sums).value, "FAKE": fake, **OPTIONS}
+    options = {"INTRA": intra is not None, "SUMS": chosen(sums).value, "FAKE": fake, **OPTIONS}
     if not isinstance(inter, Chain):
-        if Sums(sums) is Sums.ASCENDING:
+        if sums is Sums.ASCENDING:
             raise UsageError(
                 asked="ascending sums with a dense R_inter",
                 found="a product whose order of summation is the compiler's",
                 why="the dense way is for the matrix units",
-                todo="pass the rotations as a chain (`prepare`), or another sums",
+                todo="pass the rotations as a chain (`chain.prepare`), or another sums",
             )
         inter = require_square(inter, blocks, rows)
     elif len(inter.touched) != blocks or inter.touched.device != values.device:
