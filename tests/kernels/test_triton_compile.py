@@ -1,4 +1,5 @@
-"""Every Triton kernel compiles for five NVIDIA architectures, without a GPU, to machine code.
+"""Every Triton kernel compiles for five NVIDIA architectures and one of AMD, without a GPU, to
+machine code.
 
 The text of the assembly shows what the bits depend on: no product fused with a sum where a kernel
 promises the bits of eager torch, no instruction that flushes subnormals, and the MXFP4 matrix units
@@ -153,7 +154,7 @@ def own_cache(tmp_path_factory):
         yield
 
 
-def compiled(variant: Variant, capability: int):
+def compiled(variant: Variant, target: GPUTarget):
     kernel = variant.kernel
     types = {**COUNTS, **variant.types, **dict.fromkeys(variant.constants, "constexpr")}
     signature = {name: types[name] for name in kernel.arg_names}
@@ -165,13 +166,13 @@ def compiled(variant: Variant, capability: int):
     attributes = {place: [["tt.divisibility", 16]] for place in aligned}
     source = ASTSource(kernel, signature, constexprs=variant.constants, attrs=attributes)
     options = {**OPTIONS, **variant.options}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=target, options=options)
 
 
 @pytest.mark.parametrize(("name", "capability"), JOBS)
 def test_compiles(name, capability):
     variant = (ALL | MORE)[name]
-    result = compiled(variant, capability)
+    result = compiled(variant, GPUTarget("cuda", capability, 32))
     assembly = result.asm["ptx"]
     assert result.asm["cubin"][:4] == b"\x7fELF"
     assert not result.metadata.enable_fp_fusion  # what tells the assembler not to fuse either
@@ -191,8 +192,17 @@ def test_compiles(name, capability):
         assert re.search(units[capability], assembly)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name not in ("rotate", "product")])
+def test_compiles_for_amd(name):
+    """An MI300, 64 threads a warp. Its units have no tf32x3, and Triton 3.6 no product for it."""
+    result = compiled(ALL[name], GPUTarget("hip", "gfx942", 64))
+    assert result.asm["hsaco"][:4] == b"\x7fELF"
+    if ALL[name].exact:
+        assert not re.search(r"\bv_(pk_)?(fma|fmac|mac|mad)_f32", result.asm["amdgcn"])
+
+
 def test_a_fused_product_would_be_seen():
     """The check above can fail: with fusion allowed, the chain's products are fused."""
     variant = ALL["chain"]
     fused = variant._replace(options={**variant.options, "enable_fp_fusion": True})
-    assert re.search(r"\bfma\.rn\.f32", compiled(fused, 90).asm["ptx"])
+    assert re.search(r"\bfma\.rn\.f32", compiled(fused, GPUTarget("cuda", 90, 32)).asm["ptx"])

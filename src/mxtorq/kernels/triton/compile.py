@@ -1,11 +1,12 @@
 """The decorator of every Triton kernel, the options of every launch, and the checks before one.
 
 ``enable_fp_fusion=False``: no product is fused with a sum, so a kernel has the bits of the same
-lines in eager torch. That was never Triton's default up to 3.8, so it is said at each launch.
+lines in eager torch. Triton's own default depends on the release, so it is said at each launch.
 Triton reads a kernel's source text; what a type checker of the tests put around the function is
 taken off first. A kernel's arguments are pointers and integers: bfloat16 travels as int16 and
 float32 as int32 wherever bits matter, since the interpreter converts bfloat16 wrongly (subnormals
-become 0, rounding is not to nearest) and a GPU may flush subnormals in a conversion.
+become 0, rounding is not to nearest; `tl.dot` multiplies the bits as integers) and a GPU may flush
+subnormals in a conversion.
 """
 
 import inspect

@@ -3,16 +3,17 @@
 
 `tl.dot_scaled` takes codes and scale bytes of both sides as they are stored. Blackwell (sm_100,
 sm_103, sm_120) has it in its matrix units; for sm_90 and sm_80 Triton unpacks both sides to
-bfloat16, in which their values are exact, and uses the BF16 units. The weight is the left operand
-and the tokens are the right one, so a few tokens take a narrow tile instead of a padded one: below
-17 tokens the product is bound by reading the 4-bit weight once, and K is split over programs where
-the weight has too few rows to occupy the device.
+bfloat16, in which their values are exact, and uses the BF16 units. (For AMD's MI300 Triton 3.9
+compiles it and 3.6 does not.) The weight is the left operand and the tokens are the right one, so a
+few tokens take a narrow tile instead of a padded one: below 17 tokens the product is bound by
+reading the 4-bit weight once, and K is split over programs where the weight has too few rows to
+occupy the device.
 
 Products of two elements and the sum of a block of 32 are exact in float32; what is rounded is the
 sum over blocks, in an order that the hardware and the tiles choose: |error| <= K 2^-23 sum |x w| is
 safe on units that truncate. Where all partial sums are representable the result is exact. NaN
 blocks (scale byte 255) give NaN. Scales at the ends of E8M0, where a value leaves the normal range
-of bfloat16, are left to the unit: Triton 3.6 to 3.8 read byte 0 as 0 on the emulated path.
+of bfloat16, are left to the unit: byte 0 may be read as 0 on the emulated path.
 """
 
 import torch
