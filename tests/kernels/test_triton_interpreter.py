@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["mxfp4", "rotate", "gptq", "matmul"]
+FILES = ("mxfp4", "rotate", "gptq", "matmul", "wiring")
 
 
 def test_kernels_in_the_interpreter():

@@ -21,7 +21,7 @@ from torch import Tensor
 from mxtorq.errors import UsageError
 from mxtorq.formats import scales
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.mxfp4 import MXFP4, check_out
 from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.kernels import eager
 
@@ -187,6 +187,11 @@ def rotate_fake_quantize(
         from mxtorq.kernels.numba.rotate import rotate_fake_quantize as fast
 
         return fast(values, matrices.float(), scale, out)
+    if _one_matrix(chosen, backend, matrices):
+        from mxtorq.kernels.triton import rotate as triton
+
+        result = check_out(out, values.shape, values.dtype, values.device)
+        return triton.rotate_fake_quantize(values, matrices[0], scale, None, result)
     return eager.rotate_fake_quantize(values, matrices, scale, out)
 
 
@@ -208,7 +213,29 @@ def rotate_quantize(
         from mxtorq.kernels.numba.rotate import rotate_quantize as fast
 
         return fast(values, matrices.float(), scale)
+    if _one_matrix(chosen, backend, matrices):
+        from mxtorq.kernels.triton import rotate as triton
+
+        return triton.rotate_quantize(values, matrices[0], scale)
     return eager.rotate_quantize(values, matrices, scale)
+
+
+def _one_matrix(chosen: Backend, asked: Backend | str, matrices: Tensor) -> bool:
+    """Whether Triton's kernel serves: it knows one matrix for all blocks.
+
+    Raises:
+        UsageError: Triton was asked for by name with more of them.
+    """
+    if chosen is not Backend.TRITON or len(matrices) == 1:
+        return chosen is Backend.TRITON
+    if asked != Backend.AUTO:
+        raise UsageError(
+            asked=f"the backend {asked} for {len(matrices)} matrices",
+            found="a kernel for one matrix that all blocks share",
+            why="a matrix a block has no kernel there yet",
+            todo="use backend='auto', which computes this in eager torch",
+        )
+    return False
 
 
 def multiplies_packed(activations: Float[Tensor, "*tokens d"]) -> bool:

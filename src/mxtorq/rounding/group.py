@@ -38,13 +38,22 @@ def fix_group_(
         groups: the row of ``scales`` that each column has.
         rule: chooses the scale from the columns as they come, which then are one group's; None
             takes the scales that are there.
-        backend: who computes.
+        backend: who computes. Columns of several groups, which a descending order brings together,
+            are eager on a GPU.
     """
-    # Scales of any kind can be passed in, so a GPU needs no kernel that knows them.
-    if pick(backend, columns.device) is Backend.NUMBA:
+    chosen = pick(backend, columns.device)
+    if chosen is Backend.NUMBA:
         from mxtorq.kernels.numba import gptq
 
         return gptq.fix_group_(columns, follow, scales, groups, rule)
+    if chosen is Backend.TRITON and len(set(groups)) == 1:
+        from mxtorq.kernels.triton.gptq import round_group_
+
+        scale = scales[groups[0]]
+        round_group_(columns, follow, torch.empty_like(columns), scale, rule)
+        codes = e2m1.encode(columns)
+        columns.copy_(e2m1.nearest(columns) * scale)
+        return codes
     if rule is not None:
         scales[groups[0]] = block_scales(columns.T.contiguous(), rule)
     codes = torch.empty_like(columns, dtype=torch.uint8)

@@ -6,6 +6,7 @@ ends in a product within each MX block, that product and the rounding are one ke
 """
 
 import weakref
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,8 +16,9 @@ from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import chunk_blocks, fresh
 from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
-from mxtorq.kernels.dispatch import fake_quantize, rotate_fake_quantize
+from mxtorq.kernels.dispatch import Backend, fake_quantize, pick, rotate_fake_quantize
 from mxtorq.transforms.base import Transform
+from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
 
 class SiteInput:
@@ -42,6 +44,7 @@ class SiteInput:
     def _set(self, transform: Transform) -> None:
         self.transform = transform
         self._rest, self._matrices = transform.split_blocks()
+        self._chain: Any = None  # of a TORQ pair, in the form that Triton's kernel reads
 
     def to_(self, device: torch.device) -> None:
         """Move the transform. It stays in float64: a cast of the module must not round it."""
@@ -67,6 +70,10 @@ class SiteInput:
             values = self.transform.apply(inputs.float())
             return fake_quantize(values, self.scale).to(inputs.dtype)
         tokens = inputs.reshape(-1, inputs.shape[-1])
+        if isinstance(self.transform, TwoLevelRotation) and len(self.transform.inter):
+            found = self._round_two_levels(self.transform, tokens)
+            if found is not None:
+                return found.view(inputs.shape)
         out = fresh(tokens.shape, tokens.dtype, tokens.device)
         if self._rest is None:
             self._round_blocks(tokens, out)
@@ -78,6 +85,21 @@ class SiteInput:
                 else:
                     out[here] = self._round_blocks(part, torch.empty_like(part))
         return out.view(inputs.shape)
+
+    def _round_two_levels(self, rotation: TwoLevelRotation, tokens: Tensor) -> Tensor | None:
+        """Chain, rotation and rounding in one kernel, where a GPU has it."""
+        if pick(Backend.AUTO, tokens.device) is not Backend.TRITON:
+            return None
+        from mxtorq.kernels.triton.chain import prepare
+        from mxtorq.kernels.triton.two_level import two_level_fake_quantize
+
+        assert isinstance(self.scale, ScaleRule)
+        inter = rotation.inter
+        if self._chain is None:
+            parts = (inter.first, inter.second, inter.cos, inter.sin)
+            self._chain = prepare(*parts, tokens.shape[1] // BLOCK, tokens.device)
+        out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+        return two_level_fake_quantize(tokens, self._chain, rotation.intra, self.scale, out=out)
 
     def _round_blocks(self, values: Tensor, out: Tensor) -> Tensor:
         assert isinstance(self.scale, ScaleRule)
