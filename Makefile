@@ -27,8 +27,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.bench
-	$(BIN)/python benchmarks/throughput.py $(ARGS)
-	$(BIN)/python benchmarks/quantize_reference.py
+	$(BIN)/python benchmarks/bench.py --json docs/results/bench.json \
+		--markdown docs/results/bench.md $(ARGS)
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

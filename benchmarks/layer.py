@@ -92,9 +92,7 @@ def quantized(transform: str, dtype: torch.dtype, keep: bool) -> nn.Module:
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each call, A B C A B C."""
-    for call in calls.values():
-        call()
+    """Wall seconds of each call, A B C A B C. Callers have run each of them before."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
@@ -126,13 +124,19 @@ def rows_of(
 def measure_layer(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
     """The plain layer and the quantized ones."""
     plain, rotary = decoder_layer(dtype)
-    hidden = torch.randn(1, tokens, SIZES["hidden_size"]).to(dtype)
-    positions = torch.arange(tokens)[None]
-    shared = {"position_ids": positions, "position_embeddings": rotary(hidden, positions)}
     layers = {"plain": plain}
     layers |= {name: quantized(name, dtype, keep=True) for name in TRANSFORMS}
     layers["hadamard, weights on the fly"] = quantized("hadamard", dtype, keep=False)
-    calls = {name: partial(layer, hidden, **shared) for name, layer in layers.items()}
+
+    def call(layer: nn.Module, count: int) -> Callable[[], Any]:
+        hidden = torch.randn(1, count, SIZES["hidden_size"]).to(dtype)
+        positions = torch.arange(count)[None]
+        embedded = rotary(hidden, positions)
+        return partial(layer, hidden, position_ids=positions, position_embeddings=embedded)
+
+    for layer in layers.values():
+        call(layer, 64)()  # compiles, and dequantizes weights that are kept
+    calls = {name: call(layer, tokens) for name, layer in layers.items()}
     shape = f"Llama-3-8B layer, {tokens} tokens"
     return rows_of("layer", shape, dtype, take_turns(calls, rounds))
 
@@ -160,6 +164,8 @@ def measure_linear(rounds: int, seed: int) -> list[dict[str, Any]]:
         if dispatch.multiplies_packed(x):
             calls["packed"] = partial(dispatch.multiply_packed, x, codes)
         shape = f"{side} x {side}, {tokens} token{'s' if tokens > 1 else ''}"
+        for call in calls.values():
+            call()
         rows += rows_of("linear", shape, torch.float32, take_turns(calls, rounds))
     return rows
 

@@ -83,8 +83,11 @@ def test_any_float32_and_float16(rule: ScaleRule) -> None:
 def test_every_byte_with_every_code(dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(256, 1)
     scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)[:, None]
-    stored = MXFP4(codes, scales)
-    assert same(fast.dequantize(stored, dtype), mxfp4.dequantize(stored, dtype))
+    for times in (1, 17):  # in the caches, and past them
+        stored = MXFP4(codes.repeat(times, 1), scales.repeat(times, 1))
+        found = fast.dequantize(stored, dtype)
+        assert fast.streamed(found) is (times == 17)
+        assert same(found, mxfp4.dequantize(stored, dtype))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

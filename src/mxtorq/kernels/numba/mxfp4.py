@@ -32,6 +32,7 @@ from mxtorq.kernels.numba.lanes import (
     store,
     store_packed,
     stream,
+    stream_decoded,
 )
 from mxtorq.kernels.numba.pool import over_rows
 
@@ -103,6 +104,18 @@ def _dequantize_stream(packed: Any, scales: Any, out: Any, start: int, stop: int
         stream(out, block, decode(load_packed(packed, block), half_power(np.int32(scales[block]))))
 
 
+@kernel
+def _dequantize_narrow(packed: Any, scales: Any, out: Any, start: int, stop: int) -> None:
+    """To bfloat16, past the caches."""
+    for block in range(start, stop):
+        exponent = np.int32(scales[block]) - np.int32(127)
+        codes = load_packed(packed, block)
+        if abs(exponent) <= 125:
+            stream_decoded(out, block, codes, exponent)
+        else:
+            stream(out, block, decode(codes, half_power(exponent + np.int32(127))))
+
+
 def quantize(values: Float[Tensor, "*rows d"], rule: ScaleRule = ScaleRule.FLOOR) -> MXFP4:
     """`formats.mxfp4.quantize`.
 
@@ -153,6 +166,8 @@ def dequantize(
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     result = check_out(out, torch.Size(shape), dtype, packed.device)
     run = _dequantize_stream if streamed(result) else _dequantize
+    if streamed(result) and dtype == torch.bfloat16:
+        run = _dequantize_narrow
     parts = (packed.reshape(-1, BLOCK // 2).numpy(), scales.reshape(-1).numpy())
     over_blocks(run, scales.numel(), *parts, bits_of(result.view(-1, BLOCK)))
     return result
