@@ -35,7 +35,7 @@ $(VENV)/.run: pyproject.toml constraints.txt
 		{ echo "mxtorq needs Python >= 3.11; name one: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep '^torch==' constraints.txt)"
-	$(PIP) --editable .
+	$(PIP) --editable '.[numba]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

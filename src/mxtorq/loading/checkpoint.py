@@ -19,23 +19,28 @@ from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models import FAMILIES
 from mxtorq.models.family import find_family
-from mxtorq.surgery.linear import MXFP4Linear, linear_at
+from mxtorq.surgery.linear import MXFP4Linear, keep_weights_, linear_at
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 
 
-def load(path: str | Path, device: str = "auto") -> nn.Module:
+def load(path: str | Path, device: str = "auto", *, keep_weights: bool = False) -> nn.Module:
     """Read an mxtorq checkpoint as a transformers model that runs W4A4, on any device.
 
     Args:
         path: the folder that ``mxtorq quantize`` wrote.
         device: ``auto``, ``cpu``, ``cuda``, ...
+        keep_weights: keep dequantized weights after their first use, while half of the memory that
+            is free now lasts (`surgery.linear.keep_weights_`): for generating on a CPU.
 
     Raises:
         CheckpointError: the folder is no checkpoint of ours, is damaged, or is of another version.
     """
-    return load_checkpoint(path, pick_device(device))[0].model
+    model = load_checkpoint(path, pick_device(device))[0].model
+    if keep_weights:
+        keep_weights_(model)
+    return model
 
 
 def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Source, Manifest]:
