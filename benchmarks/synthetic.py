@@ -86,7 +86,7 @@ def losses(
         site=f"model.layers.0.{SiteName.DOWN_IN}",
         name=SiteName.DOWN_IN,
         tokens=len(fitted),
-        hessian=hessian,
+        second_moment=hessian,
         amax=data.fitted.abs().amax(0),
         sample=data.fitted,
         weights=(data.weight,),

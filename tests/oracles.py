@@ -62,7 +62,7 @@ def site(
         site=f"model.layers.0.{name}",
         name=name,
         tokens=len(rows),
-        hessian=wide.T @ wide / len(rows),
+        second_moment=wide.T @ wide / len(rows),
         amax=rows.abs().amax(0),
         sample=rows,
         weights=weights,

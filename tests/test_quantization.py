@@ -10,6 +10,7 @@ import torch
 
 import tiny_models
 from mxtorq import pipeline
+from mxtorq.calibration import statistics as statistics_module
 from mxtorq.calibration.capture import capture_sites, first_layer_inputs
 from mxtorq.config import Recipe, parse_method, parse_rounding
 from mxtorq.formats import mxfp4
@@ -137,3 +138,30 @@ def test_rotations_leave_what_a_checkpoint_keeps_in_bfloat16(
         assert torch.equal(parameter, parameter.bfloat16().float()), name
     gains = source.model.model.norm.weight
     assert torch.equal(gains, torch.ones_like(gains))
+
+
+@pytest.mark.parametrize(
+    ("method", "rounding", "sums"),
+    [("hadamard", "rtn", False), ("wush", "rtn", True), ("hadamard", "gptq", True)],
+)
+def test_second_moments_are_summed_only_for_someone(
+    method: str,
+    rounding: str,
+    sums: bool,
+    tiny_folders: dict[str, Path],
+    story: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing else takes as long."""
+    calls: list[int] = []
+    real = statistics_module.add_products_
+
+    def counted(total: torch.Tensor, rows: torch.Tensor) -> None:
+        calls.append(len(rows))
+        real(total, rows)
+
+    monkeypatch.setattr(statistics_module, "add_products_", counted)
+    recipe = settings(story, method, parse_rounding(rounding))
+    source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    quantize_(source, pipeline.calibrate(source, recipe).ids, recipe, pipeline.silent)
+    assert bool(calls) is sums

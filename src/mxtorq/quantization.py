@@ -81,7 +81,9 @@ def quantize_(
     for index, layer in enumerate(staged_(layers, source.device)):
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
-        statistics = capture_sites(layer, sites, inputs, recipe.seed)
+        statistics = capture_sites(
+            layer, sites, inputs, recipe.seed, hessians=needs_hessians(recipe)
+        )
         with searching:
             fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
         fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
@@ -94,6 +96,14 @@ def quantize_(
         progress("quantize", index + 1, len(layers))
     return Quantized(
         transforms=transforms, sites=entries, unfit=unfit, search_seconds=searching.seconds
+    )
+
+
+def needs_hessians(recipe: Recipe) -> bool:
+    """Whether the second moments of the inputs are of use to a method or to a rounding."""
+    rounding = recipe.rounding
+    return recipe.method.needs_hessian or (
+        rounding.needs_hessian and not rounding.sees_rounded_inputs
     )
 
 
@@ -145,7 +155,7 @@ def merge_diagonals_(
             rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
             if factors is not None:
                 seen[name] = statistics[name].rescaled(factors)
-    rest = {name: part.to(statistics[name].hessian.device) for name, part in rest.items()}
+    rest = {name: part.to(statistics[name].amax.device) for name, part in rest.items()}
     return rest, {
         name: replace(seen[name], weights=reader_weights(layer, site))
         for name, site in sites.items()

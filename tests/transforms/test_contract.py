@@ -1,6 +1,7 @@
 """What every method and every transform must keep, over the tables themselves."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracles
 from mxtorq.config import parse_method
-from mxtorq.errors import FormatError
+from mxtorq.errors import FormatError, UsageError
 from mxtorq.kernels import dispatch
 from mxtorq.transforms import KINDS, METHODS
 from mxtorq.transforms.base import Rotation, SiteStatistics, Transform, TransformMethod
@@ -43,6 +44,18 @@ def transform(request: pytest.FixtureRequest, site: SiteStatistics) -> Transform
 
 def test_methods_fulfil_the_protocol() -> None:
     assert all(isinstance(factory(), TransformMethod) for factory in METHODS.values())
+
+
+@pytest.mark.parametrize("spec", METHODS)
+def test_who_needs_the_second_moment_says_so(spec: str, site: SiteStatistics) -> None:
+    method, without = parse_method(spec), replace(site, second_moment=None)
+    if method.needs_hessian:
+        with pytest.raises(UsageError, match="needs_hessian"):
+            method.fit(without, seed=3)
+        return
+    expected, found = (method.fit(seen, seed=3).tensors() for seen in (site, without))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_products_are_kept(transform: Transform) -> None:

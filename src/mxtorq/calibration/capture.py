@@ -65,7 +65,12 @@ def first_layer_inputs(
 
 @torch.no_grad()
 def capture_sites(
-    layer: nn.Module, sites: dict[str, Site], inputs: list[LayerInput], seed: int
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: list[LayerInput],
+    seed: int,
+    *,
+    hessians: bool = True,
 ) -> dict[str, SiteStatistics]:
     """Run a layer over all inputs and sum up what reaches each site.
 
@@ -74,11 +79,12 @@ def capture_sites(
         sites: the sites to record, by full name.
         inputs: the layer's inputs; left as they are.
         seed: of the token sample, the same tokens at every site.
+        hessians: sum up second moments too.
 
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    accumulators = _record(layer, sites, inputs, seed, {})
+    accumulators = _record(layer, sites, inputs, seed, {}, hessians)
     return {
         name: accumulators[name].finish(site.name, reader_weights(layer, site))
         for name, site in sites.items()
@@ -121,10 +127,11 @@ def _record(
     inputs: list[LayerInput],
     seed: int,
     through: Mapping[str, Callable[[Tensor], Tensor]],
+    hessians: bool = True,
 ) -> dict[str, SiteAccumulator]:
     tokens = sum(item.hidden.shape[:-1].numel() for item in inputs)
     accumulators = {
-        name: SiteAccumulator(name, reader_weights(layer, site)[0].shape[1], tokens, seed)
+        name: SiteAccumulator(name, reader_weights(layer, site)[0].shape[1], tokens, seed, hessians)
         for name, site in sites.items()
     }
 

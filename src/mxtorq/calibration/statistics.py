@@ -44,11 +44,12 @@ _LARGE = 2.0**57  # 4096 squares of this are 2^126
 class SiteAccumulator:
     """Collects the inputs of one site."""
 
-    def __init__(self, site: str, width: int, tokens: int, seed: int) -> None:
+    def __init__(self, site: str, width: int, tokens: int, seed: int, hessian: bool = True) -> None:
         draw = torch.Generator().manual_seed(seed)
         self._positions = torch.randperm(tokens, generator=draw)[:SAMPLE_TOKENS].sort().values
         self._site, self._seen = site, 0
-        self._sum = torch.zeros(width, width, dtype=torch.float64)  # its upper triangle
+        side = width if hessian else 0
+        self._sum = torch.zeros(side, side, dtype=torch.float64)  # its upper triangle
         self._amax = torch.zeros(width)
         self._sample: list[Tensor] = []
 
@@ -70,9 +71,10 @@ class SiteAccumulator:
             )
         self._sum, self._amax = self._sum.to(rows.device), self._amax.to(rows.device)
         self._amax = torch.maximum(self._amax, amax.float())
-        wide = rows.double() if float(amax.max()) > _LARGE else rows
-        for part in wide.split(TOKENS_AT_ONCE):
-            add_products_(self._sum, part if part.dtype == torch.float64 else part.float())
+        if len(self._sum):
+            wide = rows.double() if float(amax.max()) > _LARGE else rows
+            for part in wide.split(TOKENS_AT_ONCE):
+                add_products_(self._sum, part if part.dtype == torch.float64 else part.float())
         here = (self._positions >= self._seen) & (self._positions < self._seen + len(rows))
         self._sample.append(rows[(self._positions[here] - self._seen).to(rows.device)].float())
         self._seen += len(rows)
@@ -90,7 +92,7 @@ class SiteAccumulator:
             site=self._site,
             name=name,
             tokens=self._seen,
-            hessian=self.take_hessian(),
+            second_moment=self.take_hessian() if len(self._sum) else None,
             amax=self._amax,
             sample=torch.cat(self._sample),
             weights=weights,

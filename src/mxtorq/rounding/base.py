@@ -19,6 +19,9 @@ class Rounding(ABC):
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    needs_hessian: ClassVar[bool] = True
+    """Whether `round` asks for the Hessian."""
+
     @property
     def sees_rounded_inputs(self) -> bool:
         """Whether ``hessian`` shall be that of the inputs *after* their own rounding to MXFP4."""

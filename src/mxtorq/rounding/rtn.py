@@ -8,6 +8,7 @@ is measured against.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float32
@@ -24,6 +25,8 @@ from mxtorq.rounding.exponents import choose_scales, require_exponents, require_
 @dataclass(frozen=True, kw_only=True)
 class RTN(Rounding):
     """Each weight for itself."""
+
+    needs_hessian: ClassVar[bool] = False
 
     exponents: int = 1
     """Exponents that are tried for a block: 1 (the rule's) or 3 (its neighbours too)."""

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
+from mxtorq.errors import UsageError
 from mxtorq.formats.spec import BLOCK
 from mxtorq.models.family import SiteName
 
@@ -29,9 +30,10 @@ class SiteStatistics:
     name: SiteName
     """Which of a layer's inputs it is."""
     tokens: int
-    """Calibration tokens behind ``hessian`` and ``amax``."""
-    hessian: Float64[Tensor, "d d"]
-    """The uncentred second moment of the inputs, X^T X / tokens."""
+    """Calibration tokens behind ``second_moment`` and ``amax``."""
+    second_moment: Float64[Tensor, "d d"] | None
+    """X^T X / tokens, uncentred; None where neither method nor rounding needs it, for summing it
+    takes longer than all the rest of a calibration."""
     amax: Float32[Tensor, " d"]
     """The largest magnitude of each channel over all tokens."""
     sample: Float32[Tensor, "sampled d"]
@@ -41,7 +43,23 @@ class SiteStatistics:
 
     @property
     def width(self) -> int:
-        return self.hessian.shape[0]
+        return len(self.amax)
+
+    @property
+    def hessian(self) -> Float64[Tensor, "d d"]:
+        """The second moment.
+
+        Raises:
+            UsageError: it was not summed up.
+        """
+        if self.second_moment is None:
+            raise UsageError(
+                asked=f"the second moment of {self.site}",
+                found="statistics without it",
+                why="method and rounding said that they do not need it (`needs_hessian`)",
+                todo="leave `needs_hessian` of the method True",
+            )
+        return self.second_moment
 
     @cached_property
     def weight(self) -> Float64[Tensor, "d_out d"]:
@@ -55,7 +73,9 @@ class SiteStatistics:
         """
         return replace(
             self,
-            hessian=self.hessian * factors[:, None] * factors,
+            second_moment=None
+            if self.second_moment is None
+            else self.second_moment * factors[:, None] * factors,
             amax=self.amax * factors.float(),
             sample=self.sample * factors.float(),
         )
@@ -72,7 +92,9 @@ class SiteStatistics:
         sample = transform.apply(self.sample)
         return replace(
             self,
-            hessian=self.transformed_hessian(transform),
+            second_moment=None
+            if self.second_moment is None
+            else self.transformed_hessian(transform),
             amax=sample.abs().amax(0),
             sample=sample,
             weights=tuple(transform.fuse(weight.double()) for weight in self.weights),
@@ -190,6 +212,9 @@ class TransformMethod(ABC):
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    needs_hessian: ClassVar[bool] = True
+    """Whether `fit` reads the second moment of the inputs."""
 
     @property
     def needs_compensation(self) -> bool:

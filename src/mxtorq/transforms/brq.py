@@ -19,6 +19,7 @@ that others report as BRQ, an online Hadamard-32 at every input site, which is `
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ from mxtorq.transforms.rotation import BlockRotation, Identity
 @dataclass(frozen=True, kw_only=True)
 class BRQ(TransformMethod):
     """Block-Hadamard on the residual stream, within heads, and before down_proj."""
+
+    needs_hessian: ClassVar[bool] = False
 
     size: int = BLOCK
     """Channels that are mixed: a block, or a part or a multiple of it."""

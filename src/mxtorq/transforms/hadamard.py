@@ -16,6 +16,7 @@ whose scale it sets and no other.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
@@ -111,6 +112,8 @@ def factors(width: int) -> tuple[Float64[Tensor, "_ _"], ...]:
 @dataclass(frozen=True, kw_only=True)
 class Hadamard(TransformMethod):
     """Block-Hadamard on every input site."""
+
+    needs_hessian: ClassVar[bool] = False
 
     size: int = BLOCK
 

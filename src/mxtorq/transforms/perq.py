@@ -18,6 +18,7 @@ paper's learned rotations and its rounding (Qronos) are left out.
 
 import heapq
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -57,6 +58,8 @@ def balanced_order(mass: Float[Tensor, " d"], block: int) -> Int64[Tensor, " d"]
 @dataclass(frozen=True, kw_only=True)
 class PeRQ(TransformMethod):
     """A permutation that balances the blocks' l1 mass, then block-Hadamard."""
+
+    needs_hessian: ClassVar[bool] = False
 
     size: int = BLOCK
     """Channels a block of the permutation and of the Hadamard matrix; a power of two."""

@@ -21,6 +21,7 @@ that of the loud ones; its published perplexities in this format are worse than 
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ from mxtorq.transforms.rotation import Identity
 @dataclass(frozen=True, kw_only=True)
 class QuaRot(TransformMethod):
     """Random Hadamard on the residual stream, Hadamard per head and before down_proj."""
+
+    needs_hessian: ClassVar[bool] = False
 
     def check(self, shape: NetworkShape) -> None:
         require_hadamards(shape)

@@ -51,6 +51,8 @@ class Identity(Rotation):
 class IdentityMethod(TransformMethod):
     """Direct RTN: round what is there. The row that every method must beat."""
 
+    needs_hessian: ClassVar[bool] = False
+
     def fit(self, statistics: SiteStatistics, seed: int) -> Identity:
         return Identity(statistics.width)
 

@@ -13,6 +13,7 @@ an outlier channel is large no longer hurts channels outside of its block.
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 from mxtorq.models.family import GATED_DECODER_SITES
 from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
@@ -33,6 +34,8 @@ class Sites(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(TransformMethod):
     """Channel smoothing without a rotation; the defaults are the paper's."""
+
+    needs_hessian: ClassVar[bool] = False
 
     alpha: float = 0.5
     sites: Sites = Sites.NORMS

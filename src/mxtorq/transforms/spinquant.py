@@ -31,6 +31,7 @@ step.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
@@ -53,6 +54,8 @@ from mxtorq.transforms.rotation import BlockRotation, Identity
 @dataclass(frozen=True, kw_only=True)
 class SpinQuant(TransformMethod):
     """Learned rotations of the residual stream and of heads; Hadamard before down_proj."""
+
+    needs_hessian: ClassVar[bool] = False
 
     steps: int = 100
     learning_rate: float = 1.5

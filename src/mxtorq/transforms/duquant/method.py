@@ -19,6 +19,7 @@ published numbers contain them, so the ones here are not comparable.
 
 import zlib
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
@@ -40,6 +41,8 @@ from mxtorq.transforms.smoothing import Reader, require_strength, smoothing
 @dataclass(frozen=True, kw_only=True)
 class DuQuantPlusPlus(TransformMethod):
     """Smoothing, then one outlier-aware rotation an input."""
+
+    needs_hessian: ClassVar[bool] = False
 
     smooth: bool = True
     alpha: float = 0.6
@@ -73,6 +76,8 @@ class DuQuantPlusPlus(TransformMethod):
 @dataclass(frozen=True, kw_only=True)
 class DuQuant(TransformMethod):
     """Smoothing, rotation, zigzag permutation, rotation."""
+
+    needs_hessian: ClassVar[bool] = False
 
     smooth: bool = True
     alpha: float = 0.6
