@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
@@ -39,6 +40,13 @@ Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
 
 
+class Probe(NamedTuple):
+    """What a batch of windows was and what the quantized layers made of it."""
+
+    before: LayerInput
+    after: Tensor
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Quantized:
     """What `quantize_` did to a model."""
@@ -49,6 +57,8 @@ class Quantized:
     unfit: dict[str, int]
     search_seconds: float
     """Time in which the method chose its transforms."""
+    probe: Probe
+    """One batch before the first and after the last layer, for whoever reads the result back."""
 
 
 class Stopwatch:
@@ -65,9 +75,16 @@ class Stopwatch:
 
 
 def quantize_(
-    source: Source, windows: Int64[Tensor, "n seqlen"], recipe: Recipe, progress: Progress
+    source: Source,
+    windows: Int64[Tensor, "n seqlen"],
+    recipe: Recipe,
+    progress: Progress,
+    finished: Callable[[int, torch.nn.Module], None] = lambda index, layer: None,
 ) -> Quantized:
-    """Quantize a model in place, layer by layer: the quantized layer's output feeds the next."""
+    """Quantize a model in place, layer by layer: the quantized layer's output feeds the next.
+
+    ``finished`` gets each layer when nothing here needs it any more; it may let go of its tensors.
+    """
     model, family = source.model, source.family
     unfit = require_fit(model, family, recipe.allow_unfit)
     searching = Stopwatch()
@@ -78,7 +95,8 @@ def quantize_(
     inputs = first_layer_inputs(model, family, windows)
     transforms: dict[str, Transform] = {}
     entries: list[SiteEntry] = []
-    for index, layer in enumerate(staged_(layers, source.device)):
+    probe = replace(inputs[0], hidden=inputs[0].hidden.clone())
+    for index, layer in enumerate(staged_(source)):
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
         statistics = capture_sites(
@@ -93,9 +111,14 @@ def quantize_(
             entries.append(_site_entry(family, index, site, fitted[name], error))
         transforms |= fitted
         advance_(layer, inputs)
+        finished(index, layer)
         progress("quantize", index + 1, len(layers))
     return Quantized(
-        transforms=transforms, sites=entries, unfit=unfit, search_seconds=searching.seconds
+        transforms=transforms,
+        sites=entries,
+        unfit=unfit,
+        search_seconds=searching.seconds,
+        probe=Probe(probe, inputs[0].hidden),
     )
 
 
