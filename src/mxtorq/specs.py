@@ -7,9 +7,10 @@ options stand in TOML as a table with a ``name``.
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from inspect import isabstract
 from typing import Any, get_type_hints
 
 from mxtorq.errors import UsageError
@@ -98,18 +99,19 @@ def _factory(what: str, name: str, table: Mapping[str, type[Any]], base: type[An
         raise unknown(what, name, table)
     try:
         factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module can raise anything while it is imported
         raise UsageError(
             asked=f"the {what} {name}",
             found=f"{type(error).__name__}: {error}",
             why="it cannot be imported",
             todo=f"install the package that holds it, or use one of {', '.join(table)}",
         ) from error
-    if not (isinstance(factory, type) and issubclass(factory, base)):
+    fits = isinstance(factory, type) and issubclass(factory, base)
+    if not fits or isabstract(factory) or not is_dataclass(factory):
         raise UsageError(
             asked=f"the {what} {name}",
-            found=f"{factory!r}",
-            why=f"it is no subclass of mxtorq's {base.__name__}",
+            found=f"{factory!r:.200}",
+            why=f"it is no dataclass that is a complete subclass of mxtorq's {base.__name__}",
             todo=f"derive your class from {base.__module__}.{base.__name__}",
         )
     return factory
@@ -122,7 +124,7 @@ def _value(what: str, value: Any, kind: type) -> Any:
         if (kind in (int, str) and not isinstance(value, (kind, str))) or isinstance(value, bool):
             raise ValueError(value)
         return kind(value)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         expected = (
             ", ".join(kind) if issubclass(kind, str) and issubclass(kind, Enum) else kind.__name__
         )

@@ -81,6 +81,8 @@ def build_model(contents: Contents, name: str) -> nn.Module:
 
     tensors = dict(contents.tensors)
     for entry in contents.manifest.sites:
+        for linear in entry.linears:
+            _require_width(linear_at(model, linear), entry.width, linear)
         transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
         rule = ScaleRule(contents.manifest.scale_rules["activations"])
         shared = SiteInput(transform, rule, len(entry.linears))
@@ -114,6 +116,16 @@ def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
         )
     tensor: torch.Tensor = tensors.pop(key)
     return tensor
+
+
+def _require_width(linear: nn.Linear, width: int, name: str) -> None:
+    if linear.in_features != width:
+        raise CheckpointError(
+            asked=f"{name} with inputs of {linear.in_features} features",
+            found=f"a transform of {width} features in the manifest",
+            why="a transform maps all features of a linear's input",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
 
 
 def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:

@@ -9,11 +9,10 @@ architecture needs must be there, and none may hold NaN or Inf.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from itertools import chain
 from pathlib import Path
@@ -22,9 +21,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxtorq.errors import ModelError
+from mxtorq.errors import ModelError, MxtorqError
 from mxtorq.models import FAMILIES
 from mxtorq.models.family import Family, find_family
+from mxtorq.reading.configuration import read_configuration, require_plausible
+from mxtorq.reading.documents import Refusal
+from mxtorq.reading.shards import open_shards
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -140,7 +142,9 @@ def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> So
 
 
 def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
-    family = _supported_family(name, _read_config(name, where))
+    config = _read_config(name, where)
+    family = _supported_family(name, config)
+    _require_sound(name, where, config)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -177,12 +181,24 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
 
     try:
         path = cached_file(where, "config.json")
-        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except Exception as error:  # as above
         raise _unreadable(name, error) from error
-    if not isinstance(config, dict):
-        raise _unreadable(name, TypeError("config.json holds no JSON object"))
-    return config
+    return read_configuration(Path(str(path)), _refusal(name))
+
+
+def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
+    """Check the headers of all weights in a folder before transformers takes memory for them."""
+    folder, refuse = Path(where), _refusal(name)
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise refuse(
+            "adapter_config.json",
+            "a folder with an adapter may draw weights from elsewhere. Merge the adapter into its "
+            "model first, and pass that folder",
+        )
+    shards = open_shards(folder, refuse)
+    require_plausible(config, len(shards.names), shards.total_bytes, refuse)
 
 
 def _supported_family(name: str, config: dict[str, Any]) -> Family:
@@ -218,17 +234,23 @@ def _require_finite(name: str, model: nn.Module) -> None:
             )
 
 
-def _unreadable(name: str, error: Exception) -> ModelError:
+def _unreadable(name: str, error: Exception) -> MxtorqError:
     text = str(error)
+    refuse = _refusal(name)
     if "gated" in text.lower() or "401" in text or "403" in text:
         todo = "accept the model's licence on its hub page and log in with `hf auth login`"
-    elif Path(name).is_dir():
+        refuse = replace(refuse, todo=todo)
+    return refuse(f"{type(error).__name__}: {text}")
+
+
+def _refusal(name: str) -> Refusal:
+    if Path(name).is_dir():
         todo = "the folder needs config.json, tokenizer.json and undamaged *.safetensors files"
     else:
         todo = "check the name and the network, or download the model and pass its folder"
-    return ModelError(
+    return Refusal(
+        kind=ModelError,
         asked=f"the model {name!r}",
-        found=f"{type(error).__name__}: {text[:500]}",
         why="its configuration, weights or tokenizer cannot be read",
         todo=todo,
     )
