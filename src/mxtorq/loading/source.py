@@ -1,11 +1,14 @@
 """A Hugging Face model as something to quantize: its module, its tokenizer, its family.
 
-Weights are rounded to BF16 on reading, whatever the source stores: BF16 is the baseline that every
-result is compared with, and what a checkpoint keeps of the unquantized tensors. The module computes
-in float32 on a CPU, where BF16 arithmetic is missing or slow, and in BF16 on an accelerator.
+Weights are rounded to BF16 on reading, to the nearest and ties to even, whatever the source stores:
+BF16 is the baseline that every result is compared with, and what a checkpoint keeps of the
+unquantized tensors. FP16 loses three bits of its significand and nothing of its range. FP32 loses
+sixteen bits and has BF16's range, but for the last half step below 2^128, which becomes Inf and is
+refused. The module computes in float32 on a CPU, where BF16 arithmetic is missing or slow, and in
+BF16 on an accelerator.
 
-Nothing is trusted: safetensors only (a pickle can run code), no remote code, every tensor that the
-architecture needs must be there, and none may hold NaN or Inf.
+Nothing is trusted: safetensors only (a pickle can run code), no remote code, every shard of a model
+and every tensor that the architecture needs must be there, and none may hold NaN or Inf.
 """
 
 import hashlib
@@ -23,8 +26,8 @@ import torch
 from torch import nn
 
 from mxtorq.errors import ModelError
-from mxtorq.models import FAMILIES
-from mxtorq.models.family import Family, find_family
+from mxtorq.loading.families import choose_family, require_described
+from mxtorq.models.family import Family
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -113,21 +116,25 @@ def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.data.to(device, torch.float32 if wide else tensor.dtype)
 
 
-def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> Source:
+def load_source(
+    name: str, device: torch.device, *, at_rest: bool = False, family: Family | None = None
+) -> Source:
     """Read a model by folder, hub id, or ``reference``.
 
     Args:
         name: which.
         device: where it computes.
         at_rest: leave its decoder layers in BF16 on the CPU, for `staged_`.
+        family: the caller's own; found by config.json otherwise.
 
     Raises:
         ModelError: it is missing or gated, of an unknown family, quantized already, damaged or
             incomplete, or one of its weights is NaN or Inf.
+        UsageError: the caller's family has the name of another one.
     """
     if name == REFERENCE:
         with as_file(files("mxtorq.embedded") / "model") as folder:
-            return _load(name, str(folder), device, at_rest)
+            return _load(name, str(folder), device, at_rest, family)
     path = Path(name)
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(name)):
         raise ModelError(
@@ -136,11 +143,14 @@ def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> So
             why="a model is a folder with config.json and *.safetensors, or a hub id",
             todo=f"check the path, or use {REFERENCE!r} for the model inside this package",
         )
-    return _load(name, name, device, at_rest)
+    return _load(name, name, device, at_rest, family)
 
 
-def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
-    family = _supported_family(name, _read_config(name, where))
+def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Family | None) -> Source:
+    config = _read_config(name, where)
+    family = choose_family(config, own)
+    _require_supported(name, config)
+    _require_shards(name, Path(where))
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -163,6 +173,7 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
             why="they would be filled with random numbers",
             todo="download the model again; every shard that its index names must be there",
         )
+    require_described(model, family)
     _require_finite(name, model)
     model.eval().requires_grad_(False)
     if at_rest:
@@ -185,8 +196,7 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
     return config
 
 
-def _supported_family(name: str, config: dict[str, Any]) -> Family:
-    family = find_family(config, FAMILIES)
+def _require_supported(name: str, config: dict[str, Any]) -> None:
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method")
         raise ModelError(
@@ -196,15 +206,42 @@ def _supported_family(name: str, config: dict[str, Any]) -> Family:
             todo="start from the original BF16 or FP16 model; `mxtorq evaluate` reads mxtorq's "
             "own checkpoints",
         )
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    from transformers import AutoConfig
+
+    try:  # a window that is set and not used, or used and not set, is known to the class alone
+        meant = AutoConfig.for_model(**config)
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
+    types = {*(config.get("layer_types") or ()), *(getattr(meant, "layer_types", None) or ())}
+    window = None if types else getattr(meant, "sliding_window", None)
+    if types - {"full_attention"} or window is not None:
         raise ModelError(
             asked=f"the model {name!r}",
-            found=f"layer types {sorted(set(config['layer_types']))}",
-            why="calibration calls each layer with the first layer's attention mask, which is "
-            "right only when all layers attend to everything before them",
-            todo="use a model without sliding-window layers",
+            found=f"layer types {sorted(types)}" if types else f"a sliding window of {window}",
+            why="calibration calls each layer with the first layer's attention mask, and "
+            "perplexity counts on layers that attend to everything before them",
+            todo="use a model without sliding windows; where no text will be longer than the "
+            "window, full attention is the same function: set sliding_window to null in its "
+            "config.json",
         )
-    return family
+
+
+def _require_shards(name: str, folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.is_file():
+        return
+    try:
+        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [shard for shard in shards if not (folder / shard).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unreadable(name, error) from error
+    if missing:
+        raise ModelError(
+            asked=f"the model {name!r}",
+            found=f"{len(missing)} of its {len(shards)} shards missing, such as {missing[0]}",
+            why=f"{index.name} says that they hold a part of the weights",
+            todo="download these files too",
+        )
 
 
 def _require_finite(name: str, model: nn.Module) -> None:
