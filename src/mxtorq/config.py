@@ -19,6 +19,8 @@ from mxtorq import specs
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import NonOCPScale, Scale, is_ocp
+from mxtorq.models import FAMILIES
+from mxtorq.models.family import Family
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.rounding import ROUNDINGS
 from mxtorq.rounding.base import Rounding
@@ -123,6 +125,11 @@ def parse_scale(name: str) -> Scale:
         if name in list(kind):
             return kind(name)
     raise specs.unknown("scale rule", name, [*ScaleRule, *NonOCPScale])
+
+
+def parse_family(name: str | None) -> Family | None:
+    """The family of that name, or the one that ``package.module:NAME`` is. Raises `UsageError`."""
+    return None if name is None else specs.find("family", name, FAMILIES, Family)
 
 
 def method_name(method: TransformMethod) -> str:

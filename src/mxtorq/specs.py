@@ -1,8 +1,8 @@
 """Methods and roundings by name, with options: ``torq:levels=inter``, ``gptq:order=backward``.
 
 NAME is a key of a table or an importable ``package.module:Class`` of your own, which takes options
-in the same way. Unknown names, options and values are errors with the nearest known one. The same
-options stand in TOML as a table with a ``name``.
+in the same way; a model family is an object and so takes none. Unknown names, options and values
+are errors with the nearest known one. The same options stand in TOML as a table with a ``name``.
 """
 
 import importlib
@@ -56,6 +56,23 @@ def build(
     return factory(**{o: _value(f"{name}:{o}", v, known[o]) for o, v in options.items()})
 
 
+def find(what: str, name: str, table: Mapping[str, Any], kind: type[Any]) -> Any:
+    """The object that a table or ``package.module:NAME`` holds, taken as it is.
+
+    Raises:
+        UsageError: there is none of that name or kind.
+    """
+    found = table[name] if name in table else _imported(what, name, table)
+    if not isinstance(found, kind):
+        raise UsageError(
+            asked=f"the {what} {name}",
+            found=f"a {type(found).__name__}",
+            why=f"it is no {kind.__name__} of mxtorq",
+            todo=f"name an object of {kind.__module__}.{kind.__name__}",
+        )
+    return found
+
+
 def spell(chosen: Any, table: Mapping[str, type[Any]]) -> str:
     """The string that `parse` turns into this object: options that differ from their defaults."""
     changed = [
@@ -94,18 +111,7 @@ def unknown(what: str, name: str, known: Any) -> UsageError:
 def _factory(what: str, name: str, table: Mapping[str, type[Any]], base: type[Any]) -> Any:
     if name in table:
         return table[name]
-    module, separator, attribute = name.partition(":")
-    if not separator:
-        raise unknown(what, name, table)
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a module can raise anything while it is imported
-        raise UsageError(
-            asked=f"the {what} {name}",
-            found=f"{type(error).__name__}: {error}",
-            why="it cannot be imported",
-            todo=f"install the package that holds it, or use one of {', '.join(table)}",
-        ) from error
+    factory = _imported(what, name, table)
     fits = isinstance(factory, type) and issubclass(factory, base)
     if not fits or isabstract(factory) or not is_dataclass(factory):
         raise UsageError(
@@ -115,6 +121,21 @@ def _factory(what: str, name: str, table: Mapping[str, type[Any]], base: type[An
             todo=f"derive your class from {base.__module__}.{base.__name__}",
         )
     return factory
+
+
+def _imported(what: str, name: str, table: Mapping[str, Any]) -> Any:
+    module, separator, attribute = name.partition(":")
+    if not separator:
+        raise unknown(what, name, table)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module can raise anything while it is imported
+        raise UsageError(
+            asked=f"the {what} {name}",
+            found=f"{type(error).__name__}: {error}",
+            why="it cannot be imported",
+            todo=f"install the package that holds it, or use one of {', '.join(table)}",
+        ) from error
 
 
 def _value(what: str, value: Any, kind: type) -> Any:
