@@ -12,6 +12,7 @@ so. On a busy machine ratios of short calls still mean something, ratios to memo
 """
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -113,7 +114,7 @@ def forward(rounds: int) -> list[Row]:
 
     # A layer in bfloat16 takes minutes on a CPU without instructions for it: one turn.
     found = layer.measure_layer(torch.float32, 2048, rounds)
-    found += layer.measure_layer(torch.bfloat16, 2048, 1)
+    found += layer.measure_layer(torch.bfloat16, 2048, 1, ("hadamard", "torq"))
     found += layer.measure_linear(rounds, 0)
     return [
         {
@@ -210,7 +211,11 @@ def aims(parts: dict[str, list[Row]]) -> list[tuple[str, str, str, bool]]:
             if operation == name and (name[0] == "R" or "864" in what or "outliers" in what)
         ]
         most(f"{name}: the hardest of its kind", chosen, aim, milliseconds)
-    stages = {row["operation"]: row["milliseconds"] for row in reversed(parts.get("gptq", []))}
+    stages = {
+        row["operation"].split(",")[0]: row["milliseconds"]
+        for row in parts.get("gptq", [])
+        if row["by"] == "mxtorq"
+    }
     if stages:
         part = stages["GPTQ: group steps"] / stages["GPTQ: round"]
         most("GPTQ: the inner loop's part of the whole", [part], 1 / 3, percent)
@@ -251,6 +256,8 @@ def main() -> None:
             args.rounds if name in ("formats", "limits") else min(args.rounds, 3)
         )
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        if args.json:  # what is measured is not lost when a later part fails
+            args.json.write_text(json.dumps(parts, indent=1) + "\n", encoding="utf-8")
     reached = aims(parts)
     record = {
         "schema": "mxtorq.benchmarks.bench",

@@ -16,7 +16,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -121,12 +121,15 @@ def rows_of(
     ]
 
 
-def measure_layer(dtype: torch.dtype, tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure_layer(
+    dtype: torch.dtype, tokens: int, rounds: int, transforms: Iterable[str] = tuple(TRANSFORMS)
+) -> list[dict[str, Any]]:
     """The plain layer and the quantized ones."""
     plain, rotary = decoder_layer(dtype)
     layers = {"plain": plain}
-    layers |= {name: quantized(name, dtype, keep=True) for name in TRANSFORMS}
-    layers["hadamard, weights on the fly"] = quantized("hadamard", dtype, keep=False)
+    layers |= {name: quantized(name, dtype, keep=True) for name in transforms}
+    if "identity" in layers:
+        layers["hadamard, weights on the fly"] = quantized("hadamard", dtype, keep=False)
 
     def call(layer: nn.Module, count: int) -> Callable[[], Any]:
         hidden = torch.randn(1, count, SIZES["hidden_size"]).to(dtype)

@@ -139,9 +139,33 @@ def test_quantize_from_a_recipe(tiny_folders: dict[str, Path], story: Path, tmp_
     assert run("inspect", out).returncode == 0
 
 
+def test_a_family_of_your_own(tiny_folders: dict[str, Path], story: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import replace\nfrom mxtorq.models.llama import LLAMA\n"
+        "MINE = replace(LLAMA, name='mine')\n"
+    )
+    model, own = tiny_folders["llama"], ("--family", "mine:MINE")
+    text = ("--calibration", story, *SMALL, "--method", "hadamard")
+    done = run("quantize", model, "out", *text, *own, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((tmp_path / "out" / "mxtorq.json").read_text())
+    assert manifest["source"]["family"] == "mine"
+    plan = ("--text", story, "--seqlen", 64, "--eval-tokens", 128)
+    done = run("evaluate", "out", *plan, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--family package.module:NAME" in done.stderr
+    assert run("evaluate", "out", *plan, *own, cwd=tmp_path).returncode == 0
+    rows = ("--methods", "identity", "--calibration", story, "--calibration-tokens", 256)
+    assert run("compare", model, *plan, *rows, *own, cwd=tmp_path).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("quantize", "MODEL", "OUT", "--family", "lama"), "did you mean 'llama'"),
+        (("quantize", "MODEL", "OUT", "--family", "qwen3"), "of type 'llama'"),
+        (("quantize", "MODEL", "OUT", "--family", "mxtorq.models:FAMILIES"), "no Family"),
+        (("quantize", "MODEL", "OUT", "--family", "no_such_module:X"), "cannot be imported"),
         (("quantize", "./no-model", "OUT"), "hub id"),
         (("quantize", "a", "b", "c"), "[MODEL] OUT"),
         (("quantize", "MODEL", "OUT", "--method", "torc"), "did you mean 'torq'"),

@@ -21,11 +21,12 @@ SOURCE = ROOT / "src" / "mxtorq"
 # draws. config turns names into methods, so it stands above them.
 LEVELS = {
     "errors": 0,
+    "reading": 1,
     "formats": 1,
     "models": 1,
     "embedded": 1,
-    "reports.schema": 1,
-    "reports": 1,
+    "reports.schema": 2,
+    "reports": 2,
     "specs": 1,
     "kernels": 2,
     "transforms": 3,

@@ -87,7 +87,7 @@ def test_a_rounding_gets_stacked_weights_and_the_hessian_of_their_inputs(
     assert len(Spy.seen) == 8
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_smoothing_is_merged_but_for_grouped_query_attention(
     family: str, tiny_folders: dict[str, Path], story: Path
 ) -> None:

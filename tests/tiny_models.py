@@ -1,7 +1,8 @@
 """A tiny random model of each family, with everything that makes surgery hard.
 
-Grouped-query attention, heads whose total is not the hidden size (Qwen3), biases (Llama), norm
-gains that are not one, and a tied head in one of the two.
+Grouped-query attention, heads whose total is not the hidden size (Mistral, Qwen3), biases
+everywhere (Llama) or on q, k and v (Qwen2), norm gains that are not one, a tied head in two of
+them; `LLAMA_32` turns the tiny Llama into one with a tied head and rescaled positions.
 """
 
 from functools import partial
@@ -13,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2Config,
     Qwen3Config,
 )
 
@@ -31,8 +34,33 @@ _SHARED: dict[str, Any] = {
 
 CONFIGS = {
     "llama": LlamaConfig(**_SHARED, attention_bias=True, mlp_bias=True, tie_word_embeddings=False),
+    "mistral": MistralConfig(**_SHARED, head_dim=32, sliding_window=None),
+    # As in Qwen2.5's files: a window that is not used.
+    "qwen2": Qwen2Config(
+        **_SHARED, tie_word_embeddings=True, use_sliding_window=False, sliding_window=128
+    ),
     "qwen3": Qwen3Config(**_SHARED, head_dim=32, tie_word_embeddings=True),
 }
+
+HEAD_DIM = {
+    name: getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for name, config in CONFIGS.items()
+}
+
+LLAMA_32: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10_000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+"""What Llama 3.2 has and the tiny Llama has not."""
 
 
 def build(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
@@ -51,13 +79,13 @@ def build(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def build_fp64(family: str) -> torch.nn.Module:
+def build_fp64(family: str, **changes: Any) -> torch.nn.Module:
     """A tiny model that computes in float64 throughout.
 
     transformers' RMSNorm goes through float32 whatever the model's dtype is, which would hide (or
     blow up) differences of float64 size.
     """
-    model = build(family).double()
+    model = build(family, **changes).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]

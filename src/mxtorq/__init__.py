@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mxtorq.formats.e8m0 import ScaleRule
     from mxtorq.formats.mxfp4 import MXFP4
     from mxtorq.loading.checkpoint import load
+    from mxtorq.models.family import Family
     from mxtorq.pipeline import evaluate, quantize
     from mxtorq.rounding.gptq import GPTQ
     from mxtorq.transforms.torq.method import TORQ
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "GPTQ": "mxtorq.rounding.gptq",
     "EvaluationPlan": "mxtorq.config",
+    "Family": "mxtorq.models.family",
     "MXFP4": "mxtorq.formats.mxfp4",
     "MxtorqError": "mxtorq.errors",
     "Recipe": "mxtorq.config",
@@ -39,6 +41,7 @@ __all__ = [
     "MXFP4",
     "TORQ",
     "EvaluationPlan",
+    "Family",
     "MxtorqError",
     "Recipe",
     "ScaleRule",

@@ -40,6 +40,7 @@ from mxtorq.options import (
     Methods,
     Outliers,
     OutliersList,
+    OwnFamily,
     RecipeFile,
     RecipeFiles,
     RecordJson,
@@ -53,10 +54,13 @@ from mxtorq.options import (
     Seqlen,
     Text,
     Unfit,
+    agreed,
+    every_choice,
 )
 
 if TYPE_CHECKING:
     from mxtorq.config import EvaluationPlan, Recipe
+    from mxtorq.models.family import Family
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -93,6 +97,7 @@ def quantize(
     seed: Seed = None,
     outliers: Outliers = None,
     allow_unfit: Unfit = None,
+    family: OwnFamily = None,
     device: Device = "auto",
     json_path: ManifestJson = None,
 ) -> None:
@@ -118,13 +123,20 @@ def quantize(
             )
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
-        from mxtorq.config import read_settings, recipe_from
+        from mxtorq.config import parse_family, read_settings, recipe_from
 
         require_writable(json_path)
         settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
         chosen = recipe_from({**settings, **given})
         with progress_bars() as progress:
-            manifest = pipeline.quantize(model, Path(out), chosen, device=device, progress=progress)
+            manifest = pipeline.quantize(
+                model,
+                Path(out),
+                chosen,
+                device=device,
+                family=parse_family(family),
+                progress=progress,
+            )
         report_written(Path(out), manifest)
         write_record(json_path, manifest.to_json())
 
@@ -143,19 +155,26 @@ def evaluate(
     seqlen: Seqlen = None,
     seed: Seed = None,
     outliers: Outliers = None,
+    family: OwnFamily = None,
     device: Device = "auto",
     json_path: Json = None,
 ) -> None:
     """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
     with speaking("no results were written"):
         from mxtorq import pipeline
-        from mxtorq.config import plan_from
+        from mxtorq.config import parse_family, plan_from
 
         plan = plan_from(_given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
         require_writable(json_path)
         with progress_bars() as progress:
             results = pipeline.evaluate(
-                model, plan, outliers=outliers, seed=seed or 0, device=device, progress=progress
+                model,
+                plan,
+                outliers=outliers,
+                seed=seed or 0,
+                device=device,
+                family=parse_family(family),
+                progress=progress,
             )
         report_results(signed(results), json_path, f"Perplexity of {model}")
 
@@ -181,6 +200,7 @@ def compare(
     eval_tokens: EvalTokens = None,
     seqlen: Seqlen = None,
     allow_unfit: Unfit = None,
+    family: OwnFamily = None,
     device: Device = "auto",
     json_path: RecordJson = None,
     resume: Resume = False,
@@ -195,7 +215,7 @@ def compare(
     )
     lists = _given(rounding=roundings, scale_rule=scale_rules, seed=seeds, outliers=outliers)
     with speaking("the rows that were finished are in the --json record, if you named one"):
-        from mxtorq.config import plan_from, read_settings, recipe_from
+        from mxtorq.config import parse_family, plan_from, read_settings, recipe_from
 
         read = [read_settings(path) for path in recipe or []]
         bases = [settings for settings, _ in read]
@@ -203,14 +223,15 @@ def compare(
         bases += [{"method": name} for name in names.split(",") if name]
         recipes = [
             recipe_from({**base, **shared, **choice})
-            for choice in _product(lists)
+            for choice in every_choice(lists)
             for base in bases
         ]
         plans = [evaluation for _, evaluation in read if evaluation]
         plan = plan_from(
-            {**_agreed(plans), **_given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
+            {**agreed(plans), **_given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
         )
-        _compare(model, recipes, plan, device, json_path, model, resume=resume, markdown=markdown)
+        own = parse_family(family)
+        _compare(model, recipes, plan, device, json_path, model, own, resume, markdown)
 
 
 @app.command(epilog="Example:\n\n  mxtorq demo --json demo.json")
@@ -312,44 +333,6 @@ def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def _product(lists: dict[str, str]) -> list[dict[str, Any]]:
-    """Every combination of comma-separated values: outliers slowest, then seeds."""
-    choices: list[dict[str, Any]] = [{}]
-    for name in ("outliers", "seed", "rounding", "scale_rule"):
-        if name in lists:
-            values = [_value(name, text) for text in lists[name].split(",")]
-            choices = [{**choice, name: value} for choice in choices for value in values]
-    return choices
-
-
-def _value(name: str, text: str) -> Any:
-    if name == "outliers":
-        return None if text == "none" else text
-    if name != "seed":
-        return text
-    if not text.strip().isdigit():
-        raise UsageError(
-            asked=f"--seeds {text}",
-            found=f"the seed {text!r}",
-            why="a seed is a whole number from 0",
-            todo="pass numbers with commas, as in --seeds 0,1,2",
-        )
-    return int(text)
-
-
-def _agreed(plans: list[dict[str, Any]]) -> dict[str, Any]:
-    """The [evaluation] table of the recipe files, which must be the same in all that have one."""
-    for plan in plans[1:]:
-        if plan != plans[0]:
-            raise UsageError(
-                asked="recipes with different [evaluation] tables in one comparison",
-                found=f"{plans[0]} and {plan}",
-                why="rows on different texts are not comparable",
-                todo="compare them in runs of their own, or make the tables equal",
-            )
-    return plans[0] if plans else {}
-
-
 def _compare(
     model: str,
     recipes: "list[Recipe]",
@@ -357,7 +340,7 @@ def _compare(
     device: str,
     json_path: Path | None,
     title: str,
-    *,
+    family: "Family | None" = None,
     resume: bool = False,
     markdown: Path | None = None,
 ) -> None:
@@ -371,6 +354,7 @@ def _compare(
             recipes,
             plan,
             device=device,
+            family=family,
             progress=progress,
             done=done,
             save=lambda so_far: keep_record(json_path, so_far, done),

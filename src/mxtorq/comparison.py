@@ -16,6 +16,7 @@ from mxtorq.config import EvaluationPlan, Recipe, method_name, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.formats.scales import is_ocp
 from mxtorq.loading.source import Source
+from mxtorq.models.family import Family
 from mxtorq.pipeline import calibrate, evaluation_data, load_model, measure, silent, versions
 from mxtorq.quantization import Progress, quantize_
 from mxtorq.reports.schema import Results, Row
@@ -31,6 +32,7 @@ def compare(
     plan: EvaluationPlan,
     *,
     device: str = "auto",
+    family: Family | None = None,
     progress: Progress = silent,
     done: Results | None = None,
     save: Callable[[Results], None] = lambda results: None,
@@ -38,6 +40,7 @@ def compare(
     """Evaluate every recipe on one model, after the baseline of its outlier profile.
 
     Args:
+        family: one of your own (see `mxtorq.models`); the model's ``model_type`` decides otherwise.
         done: a record of an earlier run whose rows need not be made again.
         save: gets the record after each new row.
 
@@ -66,7 +69,7 @@ def compare(
     finished = 0
     progress("compare", finished, len(recipes))
     progress("load", 0, 2)
-    plain = load_model(model, None, 0, device)
+    plain = load_model(model, None, 0, device, family)
     shape = network_shape(plain.model, plain.family)
     for recipe in recipes:
         recipe.method.check(shape)

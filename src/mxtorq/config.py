@@ -19,11 +19,17 @@ from mxtorq import specs
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import NonOCPScale, Scale, is_ocp
+from mxtorq.models import FAMILIES
+from mxtorq.models.family import Family
+from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.rounding import ROUNDINGS
 from mxtorq.rounding.base import Rounding
 from mxtorq.rounding.rtn import RTN
 from mxtorq.transforms import METHODS
 from mxtorq.transforms.base import TransformMethod
+
+_LONGEST = 2**16
+"""Bytes of a recipe; nested keys of a long one take quadratic time to parse."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,13 @@ class Recipe:
     def __post_init__(self) -> None:
         require_positive("calibration_tokens", self.calibration_tokens)
         require_positive("seqlen", self.seqlen)
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(
+                asked=f"seed = {self.seed}",
+                found="a number outside of 0 to 2^63 - 1",
+                why="the generators take no other seed",
+                todo="pass a small whole number",
+            )
         self.rounding.check(self.scale_rule)
         if self.method.needs_compensation and not self.rounding.compensates:
             raise UsageError(
@@ -114,6 +127,11 @@ def parse_scale(name: str) -> Scale:
     raise specs.unknown("scale rule", name, [*ScaleRule, *NonOCPScale])
 
 
+def parse_family(name: str | None) -> Family | None:
+    """The family of that name, or the one that ``package.module:NAME`` is. Raises `UsageError`."""
+    return None if name is None else specs.find("family", name, FAMILIES, Family)
+
+
 def method_name(method: TransformMethod) -> str:
     """The string that `parse_method` turns into this method."""
     return specs.spell(method, METHODS)
@@ -161,16 +179,20 @@ def read_settings(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         UsageError: there is no such file, or it is no TOML.
     """
+    refuse = Refusal(
+        kind=UsageError,
+        asked=f"the recipe {path}",
+        why="a recipe is a TOML file",
+        todo="correct the file, or start from one of those in recipes/",
+    )
+    text = read_text(path, _LONGEST, refuse)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(
-            asked=f"the recipe {path}",
-            found=f"{type(error).__name__}: {error}",
-            why="a recipe is a TOML file",
-            todo="correct the file, or start from one of those in recipes/",
-        ) from error
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError
+        raise refuse(f"{type(error).__name__}: {error}") from error
     evaluation = content.pop("evaluation", {})
+    if not isinstance(evaluation, dict):
+        raise refuse(f"evaluation = {evaluation!r:.200}", "[evaluation] is a table")
     return content, evaluation
 
 

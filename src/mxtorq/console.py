@@ -25,8 +25,9 @@ from rich.progress import (
 
 from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
+from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
-from mxtorq.reports.schema import Results
+from mxtorq.reports.schema import LONGEST, Results
 
 OUT = Console()
 _ERR = Console(stderr=True)
@@ -138,16 +139,13 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
             why="its rows may have taken hours and would be overwritten",
             todo="name another file, or go on with that record: `mxtorq compare --resume`",
         )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            asked=f"to go on with the record {path}",
-            found=f"{type(error).__name__}: {error}",
-            why="it cannot be read as a record of `mxtorq compare`",
-            todo="name the file that --json wrote, or another one to start with",
-        ) from error
-    return Results.from_json(text)
+    refuse = Refusal(
+        kind=UsageError,
+        asked=f"to go on with the record {path}",
+        why="it cannot be read as a record of `mxtorq compare`",
+        todo="name the file that --json wrote, or another one to start with",
+    )
+    return Results.from_json(read_text(path, LONGEST, refuse))
 
 
 def keep_record(path: Path | None, results: Results, done: Results | None) -> None:

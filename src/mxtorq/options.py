@@ -1,9 +1,14 @@
-"""The options that verbs share: one name, one meaning and one help text each."""
+"""The options that verbs share: one name, one meaning and one help text each.
+
+Also what comma-separated lists and several recipe files come to.
+"""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from mxtorq.errors import UsageError
 
 MODEL_HELP = "A folder, a hub id, or [bold]reference[/bold]."
 _METHOD = (
@@ -86,6 +91,15 @@ Unfit = Annotated[
     typer.Option("--allow-unfit", help="Keep sites of a width that 32 does not divide in BF16."),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes an accelerator.")]
+OwnFamily = Annotated[
+    str | None,
+    typer.Option(
+        "--family",
+        metavar="package.module:NAME",
+        help="A model family of your own, an object of mxtorq.models.family.Family. A checkpoint "
+        "that was made with one needs it again.",
+    ),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the results as JSON.")
 ]
@@ -102,3 +116,41 @@ Markdown = Annotated[
 ManifestJson = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
 ]
+
+
+def every_choice(lists: dict[str, str]) -> list[dict[str, Any]]:
+    """Every combination of comma-separated values: outliers slowest, then seeds."""
+    choices: list[dict[str, Any]] = [{}]
+    for name in ("outliers", "seed", "rounding", "scale_rule"):
+        if name in lists:
+            values = [_value(name, text) for text in lists[name].split(",")]
+            choices = [{**choice, name: value} for choice in choices for value in values]
+    return choices
+
+
+def _value(name: str, text: str) -> Any:
+    if name == "outliers":
+        return None if text == "none" else text
+    if name != "seed":
+        return text
+    if not text.strip().isdigit():
+        raise UsageError(
+            asked=f"--seeds {text}",
+            found=f"the seed {text!r}",
+            why="a seed is a whole number from 0",
+            todo="pass numbers with commas, as in --seeds 0,1,2",
+        )
+    return int(text)
+
+
+def agreed(plans: list[dict[str, Any]]) -> dict[str, Any]:
+    """The [evaluation] table of the recipe files, which must be the same in all that have one."""
+    for plan in plans[1:]:
+        if plan != plans[0]:
+            raise UsageError(
+                asked="recipes with different [evaluation] tables in one comparison",
+                found=f"{plans[0]} and {plan}",
+                why="rows on different texts are not comparable",
+                todo="compare them in runs of their own, or make the tables equal",
+            )
+    return plans[0] if plans else {}

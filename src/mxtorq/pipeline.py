@@ -32,6 +32,7 @@ from mxtorq.export.manifest import Manifest
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source, load_source, pick_device
 from mxtorq.loading.writer import verify, write_model
+from mxtorq.models.family import Family
 from mxtorq.quantization import Progress, Quantized, quantize_
 from mxtorq.reports.schema import Results, Row
 from mxtorq.surgery.network import network_shape
@@ -50,6 +51,7 @@ def quantize(
     recipe: Recipe,
     *,
     device: str = "auto",
+    family: Family | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Quantize a model into a new folder, and prove that the folder holds what was computed.
@@ -57,6 +59,7 @@ def quantize(
     Args:
         model: a folder, a hub id, or ``reference``.
         out: a folder that does not exist; it appears only when everything has succeeded.
+        family: one of your own (see `mxtorq.models`); the model's ``model_type`` decides otherwise.
 
     Raises:
         MxtorqError: with what to do; nothing is left behind.
@@ -64,7 +67,7 @@ def quantize(
     require_absent(out)
     require_ocp(recipe)
     progress("load", 0, 2)
-    source = load_model(model, recipe.outliers, recipe.seed, device, at_rest=True)
+    source = load_model(model, recipe.outliers, recipe.seed, device, family, at_rest=True)
     recipe.method.check(network_shape(source.model, source.family))
     progress("load", 1, 2)
     windows = calibrate(source, recipe)
@@ -88,16 +91,17 @@ def evaluate(
     outliers: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    family: Family | None = None,
     progress: Progress = silent,
 ) -> Results:
-    """The perplexity of a model, or of one of our checkpoints.
+    """The perplexity of a model, or of one of our checkpoints; ``family`` as in `quantize`.
 
     Raises:
         MxtorqError: with what to do.
     """
     progress("load", 0, 1)
     if not is_checkpoint(Path(model)):
-        source = load_model(model, outliers, seed, device)
+        source = load_model(model, outliers, seed, device, family)
         progress("load", 1, 1)
         row = measure(source, evaluation_data(source, plan), outliers, progress)
         return Results(rows=(row,), versions=versions())
@@ -108,7 +112,7 @@ def evaluate(
             why="they cannot be rescaled exactly any more",
             todo="pass --outliers to `quantize` instead",
         )
-    source, manifest = load_checkpoint(model, pick_device(device))
+    source, manifest = load_checkpoint(model, pick_device(device), family)
     progress("load", 1, 1)
     windows = evaluation_data(source, plan)
     row = replace(
@@ -136,13 +140,19 @@ def evaluate(
 
 
 def load_model(
-    model: str, outliers: str | None, seed: int, device: str, *, at_rest: bool = False
+    model: str,
+    outliers: str | None,
+    seed: int,
+    device: str,
+    family: Family | None = None,
+    *,
+    at_rest: bool = False,
 ) -> Source:
     """The unquantized model, with the outliers that were asked for.
 
     ``at_rest`` leaves its decoder layers in BF16 on the CPU until `quantize_` comes to them.
     """
-    source = load_source(model, pick_device(device), at_rest=at_rest)
+    source = load_source(model, pick_device(device), at_rest=at_rest, family=family)
     if outliers is not None:
         add_outliers_(source.model, source.family, outliers, seed)
     return source

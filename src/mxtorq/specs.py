@@ -1,15 +1,16 @@
 """Methods and roundings by name, with options: ``torq:levels=inter``, ``gptq:order=backward``.
 
 NAME is a key of a table or an importable ``package.module:Class`` of your own, which takes options
-in the same way. Unknown names, options and values are errors with the nearest known one. The same
-options stand in TOML as a table with a ``name``.
+in the same way; a model family is an object and so takes none. Unknown names, options and values
+are errors with the nearest known one. The same options stand in TOML as a table with a ``name``.
 """
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from inspect import isabstract
 from typing import Any, get_type_hints
 
 from mxtorq.errors import UsageError
@@ -55,6 +56,23 @@ def build(
     return factory(**{o: _value(f"{name}:{o}", v, known[o]) for o, v in options.items()})
 
 
+def find(what: str, name: str, table: Mapping[str, Any], kind: type[Any]) -> Any:
+    """The object that a table or ``package.module:NAME`` holds, taken as it is.
+
+    Raises:
+        UsageError: there is none of that name or kind.
+    """
+    found = table[name] if name in table else _imported(what, name, table)
+    if not isinstance(found, kind):
+        raise UsageError(
+            asked=f"the {what} {name}",
+            found=f"a {type(found).__name__}",
+            why=f"it is no {kind.__name__} of mxtorq",
+            todo=f"name an object of {kind.__module__}.{kind.__name__}",
+        )
+    return found
+
+
 def spell(chosen: Any, table: Mapping[str, type[Any]]) -> str:
     """The string that `parse` turns into this object: options that differ from their defaults."""
     changed = [
@@ -93,26 +111,31 @@ def unknown(what: str, name: str, known: Any) -> UsageError:
 def _factory(what: str, name: str, table: Mapping[str, type[Any]], base: type[Any]) -> Any:
     if name in table:
         return table[name]
+    factory = _imported(what, name, table)
+    fits = isinstance(factory, type) and issubclass(factory, base)
+    if not fits or isabstract(factory) or not is_dataclass(factory):
+        raise UsageError(
+            asked=f"the {what} {name}",
+            found=f"{factory!r:.200}",
+            why=f"it is no dataclass that is a complete subclass of mxtorq's {base.__name__}",
+            todo=f"derive your class from {base.__module__}.{base.__name__}",
+        )
+    return factory
+
+
+def _imported(what: str, name: str, table: Mapping[str, Any]) -> Any:
     module, separator, attribute = name.partition(":")
     if not separator:
         raise unknown(what, name, table)
     try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a module can raise anything while it is imported
         raise UsageError(
             asked=f"the {what} {name}",
             found=f"{type(error).__name__}: {error}",
             why="it cannot be imported",
             todo=f"install the package that holds it, or use one of {', '.join(table)}",
         ) from error
-    if not (isinstance(factory, type) and issubclass(factory, base)):
-        raise UsageError(
-            asked=f"the {what} {name}",
-            found=f"{factory!r}",
-            why=f"it is no subclass of mxtorq's {base.__name__}",
-            todo=f"derive your class from {base.__module__}.{base.__name__}",
-        )
-    return factory
 
 
 def _value(what: str, value: Any, kind: type) -> Any:
@@ -122,7 +145,7 @@ def _value(what: str, value: Any, kind: type) -> Any:
         if (kind in (int, str) and not isinstance(value, (kind, str))) or isinstance(value, bool):
             raise ValueError(value)
         return kind(value)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         expected = (
             ", ".join(kind) if issubclass(kind, str) and issubclass(kind, Enum) else kind.__name__
         )

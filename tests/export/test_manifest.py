@@ -19,11 +19,11 @@ ENTRY = SiteEntry(
 MANIFEST = Manifest(
     method="torq",
     rounding="rtn",
-    recipe={"method": {"name": "torq", "levels": "both"}},
+    recipe={"method": {"name": "torq", "levels": "both"}, "rounding": {"name": "rtn"}},
     scale_rules={"weights": "floor", "activations": "floor"},
     seed=3,
-    source={"model": "reference"},
-    calibration={"source": "stdlib"},
+    source={"model": "reference", "family": "llama", "outliers": None},
+    calibration={"source": "stdlib", "tokens": 512, "seqlen": 64, "seed": 3},
     versions={"mxtorq": "0.1.0"},
     sites=[ENTRY],
     unfit={},
@@ -50,7 +50,7 @@ def without(name: str) -> str:
     [
         ("", "damaged"),
         ("[]", "damaged"),
-        ("{}", "damaged"),
+        ("{}", "schema None"),
         ('{"schema": ', "damaged"),
         (changed(version=VERSION + 1), f"reads {SCHEMA} version {VERSION} only"),
         (changed(schema="other"), "schema 'other'"),

@@ -1,6 +1,7 @@
 """Models are read with suspicion: every way in which one can be wrong has its message."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -39,15 +40,79 @@ def test_weights_are_those_of_the_file_in_float32(name: str, tiny_folders: dict[
     assert source.longest_window() == 128
 
 
-def test_a_float32_source_is_rounded_to_bfloat16(tmp_path: Path) -> None:
-    model = tiny_models.build("llama")
-    model.save_pretrained(tmp_path / "m")
+@pytest.mark.parametrize("shard", ["100MB", "100KB"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_source_dtype_is_rounded_to_bfloat16(
+    dtype: torch.dtype, shard: str, tmp_path: Path
+) -> None:
+    """In one file or in several; ties go to even, and FP16's subnormals are kept."""
+    model = tiny_models.build("qwen2")
+    name = "model.layers.0.mlp.up_proj"
+    special = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -(2.0**-24), 65504.0])
+    model.get_submodule(name).weight[0, :4] = special
+    model.to(dtype).save_pretrained(tmp_path / "m", max_shard_size=shard)
     tiny_models.tokenizer().save_pretrained(tmp_path / "m")
+    files = list((tmp_path / "m").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard == "100KB")
     source = load_source(str(tmp_path / "m"), CPU)
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
-    found = source.model.get_submodule("model.layers.0.mlp.up_proj").weight
-    assert torch.equal(found, weight.bfloat16().float())
-    assert not torch.equal(found, weight)
+    stored = model.state_dict()
+    for key, value in source.model.state_dict().items():
+        assert torch.equal(value, stored[key].bfloat16().float()), key
+    found = source.model.get_submodule(name).weight
+    assert found[0, :4].tolist() == [1.0, 1 + 2**-6, -(2.0**-24), 65536.0]
+    assert torch.equal(found, stored[f"{name}.weight"].float()) == (dtype == torch.bfloat16)
+
+
+def test_float32_beyond_bfloat16_is_refused(folder: Path) -> None:
+    """It has the same exponents, so only what rounds up to 2^128 is out of range."""
+    tensors = {k: v.float() for k, v in load_file(folder / "model.safetensors").items()}
+    weight = tensors["model.layers.0.mlp.up_proj.weight"]
+    weight[0, 0] = torch.finfo(torch.bfloat16).max
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = load_source(str(folder), CPU).model
+    assert loaded.model.layers[0].mlp.up_proj.weight[0, 0] == torch.finfo(torch.bfloat16).max
+    weight[0, 0] = torch.finfo(torch.float32).max
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"up_proj\.weight \(after rounding to BF16\)"):
+        load_source(str(folder), CPU)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """A tiny model in several files."""
+    model = tiny_models.build("mistral").bfloat16()
+    model.save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_a_missing_shard_is_named(sharded: Path) -> None:
+    shards = sorted(path.name for path in sharded.glob("model-*.safetensors"))
+    (sharded / shards[1]).unlink()
+    with pytest.raises(ModelError, match=rf"{re.escape(shards[1])}: FileNotFoundError"):
+        load_source(str(sharded), CPU)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": [1]}', '{"weight_map": null}'])
+def test_a_damaged_index(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError):
+        load_source(str(sharded), CPU)
+
+
+def test_an_index_without_a_tensor(sharded: Path) -> None:
+    """Its file is there, and nobody looks into it."""
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    lost = "model.layers.0.input_layernorm.weight"
+    shard = index["weight_map"].pop(lost)
+    assert shard in index["weight_map"].values()
+    path.write_text(json.dumps(index))
+    tensors = load_file(sharded / shard)
+    del tensors[lost]
+    save_file(tensors, sharded / shard, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=lost):
+        load_source(str(sharded), CPU)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder/here", "./nothing", "no such model", "a/b/c"])
@@ -85,7 +150,7 @@ def test_a_damaged_configuration(folder: Path, content: str) -> None:
 
 
 def test_an_unknown_architecture(folder: Path) -> None:
-    edit_config(folder, model_type="mamba", architectures=["MambaForCausalLM"])
+    edit_config(folder, model_type="llama4", architectures=["Llama4ForCausalLM"])
     with pytest.raises(ModelError, match="nearest family is 'llama'"):
         load_source(str(folder), CPU)
 
@@ -100,6 +165,57 @@ def test_sliding_windows(folder: Path) -> None:
     edit_config(folder, layer_types=["full_attention", "sliding_attention"])
     with pytest.raises(ModelError, match="sliding_attention"):
         load_source(str(folder), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "found"),
+    [
+        ("mistral", {"sliding_window": None}, ""),
+        ("mistral", {"sliding_window": 64}, "a sliding window of 64"),
+        ("mistral", {}, "a sliding window of 4096"),  # what the class takes where nothing is said
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}, ""),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2}, ""),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1},
+            "sliding_attention",
+        ),
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 64, "max_window_layers": 1}, ""),
+    ],
+)
+def test_windows_that_are_set_and_those_that_are_used(
+    name: str,
+    changes: dict[str, object],
+    found: str,
+    tiny_folders: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    folder = Path(shutil.copytree(tiny_folders[name], tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("sliding_window", "use_sliding_window", "layer_types"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    if found:
+        with pytest.raises(ModelError, match=found) as caught:
+            load_source(str(folder), CPU)
+        assert "sliding_window to null" in caught.value.todo
+    else:
+        load_source(str(folder), CPU)
+
+
+def test_real_configurations_are_accepted(data: Path, tmp_path: Path) -> None:
+    """Nothing is missing but the weights."""
+    found = 0
+    for path in sorted((data / "configs").glob("*.json")):
+        if "A3B" in path.name:
+            continue
+        folder = tmp_path / path.stem
+        folder.mkdir()
+        shutil.copy(path, folder / "config.json")
+        with pytest.raises(ModelError, match=r"neither model\.safetensors nor its index"):
+            load_source(str(folder), CPU)
+        found += 1
+    assert found >= 14
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

@@ -12,6 +12,7 @@ from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import quantize
 from mxtorq.formats.scales import NonOCPScale
 from mxtorq.models import FAMILIES
+from mxtorq.models.family import SiteName
 from mxtorq.surgery.fuse import quantize_site_, require_fit, transform_site_
 from mxtorq.surgery.linear import MXFP4Linear
 from mxtorq.surgery.network import network
@@ -105,6 +106,30 @@ def test_a_diagonal_is_merged_into_its_source(name: str) -> None:
             gain.copy_(gain.bfloat16())
     before = unchanged(input_ids=ids).logits
     assert (after - before).abs().max() <= 100 * 96 * EPS * before.abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_smoothed_o_in_takes_the_bias_of_v_proj_along(name: str) -> None:
+    """Where every value head is read once, the factors go into v_proj's rows and its bias."""
+    family, model = FAMILIES[name], tiny_models.build_fp64(name, num_key_value_heads=4)
+    ids = tiny_models.tokens(2, 16)
+    before = model(input_ids=ids).logits
+    draw = torch.Generator().manual_seed(0)
+    factors = torch.rand(64, dtype=torch.float64, generator=draw) + 0.5
+    layers = list(model.get_submodule(family.layers).children())
+    for layer in layers:
+        values = layer.get_submodule("self_attn.v_proj")
+        weight, bias = values.weight.clone(), values.bias.clone()
+        site = family.site(SiteName.O_IN)
+        rest, applied = merge_diagonal_(layer, site, Diagonal(factors), torch.float64)
+        assert rest.kind == "identity"
+        assert torch.equal(applied, factors)
+        assert torch.equal(values.weight, weight * factors[:, None])
+        assert torch.equal(values.bias, bias * factors)
+    after = model(input_ids=ids).logits
+    assert (after - before).abs().max() <= 100 * 96 * EPS * before.abs().max()
+    layers[0].get_submodule("self_attn.v_proj").bias.div_(factors)
+    assert (model(input_ids=ids).logits - before).abs().max() > 1e-4 * before.abs().max()
 
 
 def test_non_ocp_scales_run_and_kinds_do_not_mix() -> None:

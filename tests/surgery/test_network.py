@@ -22,7 +22,7 @@ from mxtorq.transforms.torq.inter_block import equalize
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
 HIDDEN = 64
-HEAD_DIM = {"llama": 16, "qwen3": 32}
+HEAD_DIM = tiny_models.HEAD_DIM
 WINDOWS = tiny_models.tokens(4, 24)
 EPS = torch.finfo(torch.float64).eps
 BOUND = 4 * 96 * EPS * 16

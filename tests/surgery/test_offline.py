@@ -26,7 +26,7 @@ from mxtorq.transforms.quarot import QuaRot, full_hadamard
 from mxtorq.transforms.rotation import BlockRotation
 
 HIDDEN = 64
-HEAD_DIM = {"llama": 16, "qwen3": 32}
+HEAD_DIM = tiny_models.HEAD_DIM
 WINDOWS = tiny_models.tokens(2, 32)
 EPS = torch.finfo(torch.float64).eps
 
@@ -192,7 +192,7 @@ def test_what_is_not_asked_for_is_not_touched(name: str) -> None:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     apply_offline_(model, family, OfflineRotations())
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert model.config.tie_word_embeddings == (name == "qwen3")
+    assert model.config.tie_word_embeddings == tiny_models.CONFIGS[name].tie_word_embeddings
     head = BlockRotation(size, orthogonal(size, 0))
     apply_offline_(model, family, OfflineRotations(heads=(head, head)))
     changed = {k for k, value in model.state_dict().items() if not torch.equal(value, before[k])}

@@ -17,7 +17,6 @@ protocol behind the published perplexities.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from mxtorq.embedded import stdlib_text
 from mxtorq.errors import TextError
+from mxtorq.reading.documents import Refusal, parse_json
 
 Role = Literal["calibration", "evaluation"]
 
@@ -154,7 +154,7 @@ def _grid(
 def _read_file(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # not UTF-8, or a NUL in the name
         raise TextError(
             asked=f"text from {str(path)!r}",
             found=f"{type(error).__name__}: {error}",
@@ -165,24 +165,22 @@ def _read_file(path: Path) -> list[str]:
         return [content]
     return [
         _jsonl_text(path, number, line)
-        for number, line in enumerate(content.splitlines(), 1)
+        for number, line in enumerate(content.split("\n"), 1)  # U+2028 may stand in a string
         if line.strip()
     ]
 
 
 def _jsonl_text(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        row = error
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return str(row["text"])
-    raise TextError(
-        asked=f"text from {str(path)!r}",
-        found=f"line {number}: {line[:60]!r}",
+    refuse = Refusal(
+        kind=TextError,
+        asked=f"text from {str(path)!r}, line {number}: {line[:60]!r}",
         why='a .jsonl file has one JSON object a line, with a string under "text"',
         todo="correct that line, or rename the file if it is plain text",
     )
+    row = parse_json(line, refuse)
+    if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
+        raise refuse(f"{row!r:.100}")
+    return str(row["text"])
 
 
 def wikitext2_document(rows: list[str]) -> str:

@@ -23,15 +23,27 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mxtorq.errors import CheckpointError, OutputError
 from mxtorq.export.compressed_tensors import WEIGHTS_FILE
-from mxtorq.export.manifest import FILE, Manifest
+from mxtorq.export.manifest import FILE, LONGEST, Manifest
+from mxtorq.reading.configuration import read_configuration, require_plausible
+from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reading.shards import Shards, open_shards
 
 CONFIG = "config.json"
 TRANSFORMS = "mxtorq-transforms.safetensors"
+
+_READ_BY_LIBRARIES = frozenset(
+    (
+        *("adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
+        *("generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
+        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+    )
+)
+"""What transformers would take from the folder, listed in the manifest or not."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -150,28 +162,35 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest and check every file that it names.
 
     Raises:
-        CheckpointError: there is none, or a file is missing, truncated or changed.
+        CheckpointError: there is none, a file is missing, truncated or changed, or one that would
+            be read stands there without being named.
     """
-    path = folder / FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(
-            asked=f"the checkpoint {folder}",
-            found=f"{type(error).__name__}: {error}",
-            why=f"a checkpoint of mxtorq is a folder with a manifest {FILE}",
-            todo="name the folder that `mxtorq quantize` wrote",
-        ) from error
-    manifest = Manifest.from_json(text, str(path))
+    absent = Refusal(
+        kind=CheckpointError,
+        asked=f"the checkpoint {folder}",
+        why=f"a checkpoint of mxtorq is a folder with a manifest {FILE}",
+        todo="name the folder that `mxtorq quantize` wrote",
+    )
+    manifest = Manifest.from_json(read_text(folder / FILE, LONGEST, absent), str(folder / FILE))
     for name, expected in manifest.files.items():
-        found = _fingerprint(folder / name) if (folder / name).is_file() else "no such file"
-        if Path(name).name != name or found != expected:
+        found = _found(folder, name, expected)
+        if found != expected:
             raise CheckpointError(
-                asked=f"{name} of the checkpoint {folder}",
+                asked=f"{name!r:.200} of the checkpoint {folder}",
                 found=f"{found}, the manifest says {expected}",
                 why="the file is missing, truncated, changed, or outside of the folder",
                 todo="copy the checkpoint again, or quantize again",
             )
+    named = _READ_BY_LIBRARIES | {CONFIG}
+    strange = sorted(each.name for each in folder.iterdir() if each.name in named)
+    strange = [name for name in strange if name not in manifest.files]
+    if strange:
+        raise CheckpointError(
+            asked=f"the checkpoint {folder}",
+            found=f"{', '.join(strange)}, which the manifest does not name",
+            why="it would be read with the checkpoint and is not part of it",
+            todo="remove that file, or copy the checkpoint again",
+        )
     return manifest
 
 
@@ -182,25 +201,48 @@ def read_checkpoint(folder: Path) -> Contents:
         CheckpointError: as `read_manifest`, or a file does not hold what it should.
     """
     manifest = read_manifest(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS_FILE[config["quantization_config"]["quant_method"]])
-        present = TRANSFORMS in manifest.files
-        transforms = load_file(folder / TRANSFORMS) if present else {}
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            asked=f"the checkpoint {folder}",
-            found=f"{type(error).__name__}: {error}",
-            why="its files are not what the manifest describes",
-            todo="copy the checkpoint again, or quantize again",
-        ) from error
-    # Copies: a memory-mapped tensor may lie unaligned, and sums over it can round differently.
+    refuse = Refusal(
+        kind=CheckpointError,
+        asked=f"the checkpoint {folder}",
+        why="its files are not what the manifest describes",
+        todo="copy the checkpoint again, or quantize again",
+    )
+    config = read_configuration(folder / CONFIG, refuse)
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if not isinstance(method, str) or method not in WEIGHTS_FILE:
+        raise refuse(f"quant_method = {method!r:.200}", f"it is none of {', '.join(WEIGHTS_FILE)}")
+    weights = _listed(folder, WEIGHTS_FILE[method], manifest, refuse)
+    require_plausible(config, len(weights.names), weights.total_bytes, refuse)
+    parts = _listed(folder, TRANSFORMS, manifest, refuse) if TRANSFORMS in manifest.files else None
     return Contents(
         config=config,
         manifest=manifest,
-        tensors={name: tensor.clone() for name, tensor in tensors.items()},
-        transforms={name: tensor.clone() for name, tensor in transforms.items()},
+        tensors={name: weights.tensor(name) for name in weights.names},
+        transforms={name: parts.tensor(name) for name in parts.names} if parts else {},
     )
+
+
+def _listed(folder: Path, file: str, manifest: Manifest, refuse: Refusal) -> Shards:
+    """The tensors of a file, or of those of its index, which the manifest has fingerprints of."""
+    shards = open_shards(folder, refuse, file.removesuffix(".safetensors"))
+    for name in shards.files:
+        if name not in manifest.files:
+            raise refuse(f"{name}, which the manifest does not name")
+    return shards
+
+
+def _found(folder: Path, name: str, expected: dict[str, Any]) -> dict[str, Any] | str:
+    """What a file is, looked at only as far as it can be the expected one."""
+    if Path(name).name != name or "\0" in name or len(name.encode()) > 255:
+        return "a path out of the folder"
+    path = folder / name
+    try:
+        if not path.is_file():
+            return "no such file"
+        size = path.stat().st_size
+        return _fingerprint(path) if size == expected["bytes"] else f"{size} bytes"
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,14 +5,26 @@ same bytes. Readers refuse versions and fields that they do not know instead of 
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from mxtorq.errors import CheckpointError
+from mxtorq.reading.documents import Refusal, parse_object, require_fields, require_keys
 
 FILE = "mxtorq.json"
 SCHEMA = "mxtorq.manifest"
 VERSION = 2
+LONGEST = 32 * 2**20
+"""Bytes: of a hundred thousand sites."""
+
+_PARTS: dict[str, dict[str, Any]] = {
+    "recipe": {"method": dict[str, Any], "rounding": dict[str, Any]},
+    "scale_rules": {"weights": str, "activations": str},
+    "source": {"model": str, "family": str, "outliers": str | None},
+    "calibration": {"source": str, "tokens": int, "seqlen": int, "seed": int | None},
+}
+"""What readers take out of the tables of a manifest."""
+_FILE = {"sha256": str, "bytes": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,32 +90,36 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: str) -> "Manifest":
         """Raises:
-        CheckpointError: not JSON, another schema or version, or other fields than this one's.
+        CheckpointError: not JSON, another schema or version, or other fields or types than this
+            one's.
         """
-        try:
-            content = json.loads(text)
-            schema, version = content.pop("schema"), content.pop("version")
-        except (ValueError, AttributeError, KeyError, TypeError) as error:
-            raise _refuse(where, f"{type(error).__name__}: {error}", "it is damaged") from error
+        refuse = _refusal(where)
+        content = parse_object(text, refuse)
+        schema, version = content.pop("schema", None), content.pop("version", None)
         if (schema, version) != (SCHEMA, VERSION):
             why = f"this release reads {SCHEMA} version {VERSION} only"
-            raise _refuse(where, f"schema {schema!r}, version {version!r}", why)
-        expected = {field.name for field in fields(cls)}
-        if set(content) != expected:
-            difference = sorted(set(content) ^ expected)
-            raise _refuse(where, f"missing or unknown fields {difference}", "it is not complete")
-        try:
-            sites = [SiteEntry(**entry) for entry in content.pop("sites")]
-        except TypeError as error:
-            raise _refuse(where, f"a site entry: {error}", "it is damaged") from error
-        return cls(sites=sites, **content)
+            raise refuse(f"schema {schema!r}, version {version!r}", why)
+        sites = content.get("sites")
+        if not isinstance(sites, list):
+            raise refuse(f"sites = {sites!r:.200}")
+        for entry in sites:
+            require_fields(entry, SiteEntry, refuse, "a site entry")
+        content["sites"] = [SiteEntry(**entry) for entry in sites]
+        require_fields(content, cls, refuse, "a manifest")
+        for part, keys in _PARTS.items():
+            require_keys(content[part], keys, refuse, part)
+        for name, facts in content["files"].items():
+            require_keys(facts, _FILE, refuse, name)
+        if any(entry.output_error < 0 for entry in content["sites"]):
+            raise refuse("a negative output_error")
+        return cls(**content)
 
 
-def _refuse(where: str, found: str, why: str) -> CheckpointError:
-    return CheckpointError(
+def _refusal(where: str) -> Refusal:
+    return Refusal(
+        kind=CheckpointError,
         asked=f"the manifest {where}",
-        found=found,
-        why=why,
+        why="it is damaged",
         todo="load it with the release that wrote it (named under 'versions' in the file), or "
         "quantize again",
     )

@@ -16,16 +16,22 @@ from mxtorq.export.checkpoint import Contents, read_checkpoint
 from mxtorq.export.manifest import Manifest
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.loading.families import family_again
 from mxtorq.loading.source import Source, pick_device, place
-from mxtorq.models import FAMILIES
-from mxtorq.models.family import find_family
+from mxtorq.models.family import Family
 from mxtorq.surgery.linear import MXFP4Linear, keep_weights_, linear_at
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 
 
-def load(path: str | Path, device: str = "auto", *, keep_weights: bool = False) -> nn.Module:
+def load(
+    path: str | Path,
+    device: str = "auto",
+    *,
+    keep_weights: bool = False,
+    family: Family | None = None,
+) -> nn.Module:
     """Read an mxtorq checkpoint as a transformers model that runs W4A4, on any device.
 
     Args:
@@ -33,26 +39,30 @@ def load(path: str | Path, device: str = "auto", *, keep_weights: bool = False) 
         device: ``auto``, ``cpu``, ``cuda``, ...
         keep_weights: keep dequantized weights after their first use, while half of the memory that
             is free now lasts (`surgery.linear.keep_weights_`): for generating on a CPU.
+        family: the family of your own that it was quantized with, if it was.
 
     Raises:
-        CheckpointError: the folder is no checkpoint of ours, is damaged, or is of another version.
+        CheckpointError: the folder is no checkpoint of ours, is damaged, or is of another version;
+            or it needs a family that was not passed.
     """
-    model = load_checkpoint(path, pick_device(device))[0].model
+    model = load_checkpoint(path, pick_device(device), family)[0].model
     if keep_weights:
         keep_weights_(model)
     return model
 
 
-def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Source, Manifest]:
+def load_checkpoint(
+    path: str | Path, device: torch.device, own: Family | None = None
+) -> tuple[Source, Manifest]:
     """As `load`, with tokenizer, family and manifest."""
     from transformers import AutoTokenizer, GenerationConfig
 
     contents = read_checkpoint(Path(path))
+    family = family_again(contents.config, str(contents.manifest.source.get("family")), own)
     try:
-        model: Any = place(build_model(contents, str(path)), device)
+        model: Any = place(build_model(contents, str(path), family), device)
         model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        family = find_family(contents.config, FAMILIES)
     except MxtorqError:
         raise
     except Exception as error:  # torch, transformers and tokenizers share no root
@@ -66,11 +76,10 @@ def load_checkpoint(path: str | Path, device: torch.device) -> tuple[Source, Man
     return source, contents.manifest
 
 
-def build_model(contents: Contents, name: str) -> nn.Module:
+def build_model(contents: Contents, name: str, family: Family) -> nn.Module:
     """The module that a checkpoint describes, on the CPU, unquantized tensors in BF16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    family = find_family(contents.config, FAMILIES)
     plain = {k: v for k, v in contents.config.items() if k not in ("quantization_config", "dtype")}
     config = AutoConfig.for_model(plain.pop("model_type"), **plain)
     with torch.device("meta"):
@@ -81,6 +90,8 @@ def build_model(contents: Contents, name: str) -> nn.Module:
 
     tensors = dict(contents.tensors)
     for entry in contents.manifest.sites:
+        for linear in entry.linears:
+            _require_width(linear_at(model, linear), entry.width, linear)
         transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
         rule = ScaleRule(contents.manifest.scale_rules["activations"])
         shared = SiteInput(transform, rule, len(entry.linears))
@@ -88,8 +99,9 @@ def build_model(contents: Contents, name: str) -> nn.Module:
             codes = MXFP4(
                 _take(tensors, f"{linear}.weight_packed"), _take(tensors, f"{linear}.weight_scale")
             )
-            bias = tensors.pop(f"{linear}.bias", None)
-            _require_shape(linear_at(model, linear), codes, linear)
+            replaced = linear_at(model, linear)
+            _require_shape(replaced, codes, linear)
+            bias = None if replaced.bias is None else _take(tensors, f"{linear}.bias")
             model.set_submodule(linear, MXFP4Linear(codes, bias, shared))
     outcome = model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()  # type: ignore[operator]
@@ -114,6 +126,16 @@ def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
         )
     tensor: torch.Tensor = tensors.pop(key)
     return tensor
+
+
+def _require_width(linear: nn.Linear, width: int, name: str) -> None:
+    if linear.in_features != width:
+        raise CheckpointError(
+            asked=f"{name} with inputs of {linear.in_features} features",
+            found=f"a transform of {width} features in the manifest",
+            why="a transform maps all features of a linear's input",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
 
 
 def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:

@@ -1,19 +1,21 @@
 """A Hugging Face model as something to quantize: its module, its tokenizer, its family.
 
-Weights are rounded to BF16 on reading, whatever the source stores: BF16 is the baseline that every
-result is compared with, and what a checkpoint keeps of the unquantized tensors. The module computes
-in float32 on a CPU, where BF16 arithmetic is missing or slow, and in BF16 on an accelerator.
+Weights are rounded to BF16 on reading, to the nearest and ties to even, whatever the source stores:
+BF16 is the baseline that every result is compared with, and what a checkpoint keeps of the
+unquantized tensors. FP16 loses three bits of its significand and nothing of its range. FP32 loses
+sixteen bits and has BF16's range, but for the last half step below 2^128, which becomes Inf and is
+refused. The module computes in float32 on a CPU, where BF16 arithmetic is missing or slow, and in
+BF16 on an accelerator.
 
-Nothing is trusted: safetensors only (a pickle can run code), no remote code, every tensor that the
-architecture needs must be there, and none may hold NaN or Inf.
+Nothing is trusted: safetensors only (a pickle can run code), no remote code, every shard of a model
+and every tensor that the architecture needs must be there, and none may hold NaN or Inf.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
 from itertools import chain
 from pathlib import Path
@@ -22,9 +24,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxtorq.errors import ModelError
-from mxtorq.models import FAMILIES
-from mxtorq.models.family import Family, find_family
+from mxtorq.errors import ModelError, MxtorqError
+from mxtorq.loading.families import choose_family, require_described
+from mxtorq.models.family import Family
+from mxtorq.reading.configuration import read_configuration, require_plausible
+from mxtorq.reading.documents import Refusal
+from mxtorq.reading.shards import open_shards
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -113,21 +118,25 @@ def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.data.to(device, torch.float32 if wide else tensor.dtype)
 
 
-def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> Source:
+def load_source(
+    name: str, device: torch.device, *, at_rest: bool = False, family: Family | None = None
+) -> Source:
     """Read a model by folder, hub id, or ``reference``.
 
     Args:
         name: which.
         device: where it computes.
         at_rest: leave its decoder layers in BF16 on the CPU, for `staged_`.
+        family: the caller's own; found by config.json otherwise.
 
     Raises:
         ModelError: it is missing or gated, of an unknown family, quantized already, damaged or
             incomplete, or one of its weights is NaN or Inf.
+        UsageError: the caller's family has the name of another one.
     """
     if name == REFERENCE:
         with as_file(files("mxtorq.embedded") / "model") as folder:
-            return _load(name, str(folder), device, at_rest)
+            return _load(name, str(folder), device, at_rest, family)
     path = Path(name)
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(name)):
         raise ModelError(
@@ -136,11 +145,14 @@ def load_source(name: str, device: torch.device, *, at_rest: bool = False) -> So
             why="a model is a folder with config.json and *.safetensors, or a hub id",
             todo=f"check the path, or use {REFERENCE!r} for the model inside this package",
         )
-    return _load(name, name, device, at_rest)
+    return _load(name, name, device, at_rest, family)
 
 
-def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
-    family = _supported_family(name, _read_config(name, where))
+def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Family | None) -> Source:
+    config = _read_config(name, where)
+    family = choose_family(config, own)
+    _require_supported(name, config)
+    _require_sound(name, where, config)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -163,6 +175,7 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool) -> Source:
             why="they would be filled with random numbers",
             todo="download the model again; every shard that its index names must be there",
         )
+    require_described(model, family)
     _require_finite(name, model)
     model.eval().requires_grad_(False)
     if at_rest:
@@ -177,16 +190,27 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
 
     try:
         path = cached_file(where, "config.json")
-        config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
     except Exception as error:  # as above
         raise _unreadable(name, error) from error
-    if not isinstance(config, dict):
-        raise _unreadable(name, TypeError("config.json holds no JSON object"))
-    return config
+    return read_configuration(Path(str(path)), _refusal(name))
 
 
-def _supported_family(name: str, config: dict[str, Any]) -> Family:
-    family = find_family(config, FAMILIES)
+def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
+    """Check the headers of all weights in a folder before transformers takes memory for them."""
+    folder, refuse = Path(where), _refusal(name)
+    if not folder.is_dir():
+        return
+    if (folder / "adapter_config.json").exists():
+        raise refuse(
+            "adapter_config.json",
+            "a folder with an adapter may draw weights from elsewhere. Merge the adapter into its "
+            "model first, and pass that folder",
+        )
+    shards = open_shards(folder, refuse)
+    require_plausible(config, len(shards.names), shards.total_bytes, refuse)
+
+
+def _require_supported(name: str, config: dict[str, Any]) -> None:
     if "quantization_config" in config:
         method = (config["quantization_config"] or {}).get("quant_method")
         raise ModelError(
@@ -196,15 +220,24 @@ def _supported_family(name: str, config: dict[str, Any]) -> Family:
             todo="start from the original BF16 or FP16 model; `mxtorq evaluate` reads mxtorq's "
             "own checkpoints",
         )
-    if set(config.get("layer_types") or ["full_attention"]) != {"full_attention"}:
+    from transformers import AutoConfig
+
+    try:  # a window that is set and not used, or used and not set, is known to the class alone
+        meant = AutoConfig.for_model(**config)
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
+    types = {*(config.get("layer_types") or ()), *(getattr(meant, "layer_types", None) or ())}
+    window = None if types else getattr(meant, "sliding_window", None)
+    if types - {"full_attention"} or window is not None:
         raise ModelError(
             asked=f"the model {name!r}",
-            found=f"layer types {sorted(set(config['layer_types']))}",
-            why="calibration calls each layer with the first layer's attention mask, which is "
-            "right only when all layers attend to everything before them",
-            todo="use a model without sliding-window layers",
+            found=f"layer types {sorted(types)}" if types else f"a sliding window of {window}",
+            why="calibration calls each layer with the first layer's attention mask, and "
+            "perplexity counts on layers that attend to everything before them",
+            todo="use a model without sliding windows; where no text will be longer than the "
+            "window, full attention is the same function: set sliding_window to null in its "
+            "config.json",
         )
-    return family
 
 
 def _require_finite(name: str, model: nn.Module) -> None:
@@ -218,17 +251,23 @@ def _require_finite(name: str, model: nn.Module) -> None:
             )
 
 
-def _unreadable(name: str, error: Exception) -> ModelError:
+def _unreadable(name: str, error: Exception) -> MxtorqError:
     text = str(error)
+    refuse = _refusal(name)
     if "gated" in text.lower() or "401" in text or "403" in text:
         todo = "accept the model's licence on its hub page and log in with `hf auth login`"
-    elif Path(name).is_dir():
+        refuse = replace(refuse, todo=todo)
+    return refuse(f"{type(error).__name__}: {text}")
+
+
+def _refusal(name: str) -> Refusal:
+    if Path(name).is_dir():
         todo = "the folder needs config.json, tokenizer.json and undamaged *.safetensors files"
     else:
         todo = "check the name and the network, or download the model and pass its folder"
-    return ModelError(
+    return Refusal(
+        kind=ModelError,
         asked=f"the model {name!r}",
-        found=f"{type(error).__name__}: {text[:500]}",
         why="its configuration, weights or tokenizer cannot be read",
         todo=todo,
     )

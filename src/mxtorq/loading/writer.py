@@ -64,7 +64,7 @@ def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> 
     Raises:
         VerificationError: one logit differs.
     """
-    written = load_checkpoint(folder, source.device)[0].model
+    written = load_checkpoint(folder, source.device, source.family)[0].model
     ids = windows.to(source.device)
     expected = source.model(input_ids=ids, use_cache=False).logits
     found = written(input_ids=ids, use_cache=False).logits

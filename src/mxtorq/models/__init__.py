@@ -1,6 +1,7 @@
 """Where things are in a decoder: pure data, no torch.
 
-Lives here: what a family is (`family`) and one file a family (`llama`, `qwen3`).
+Lives here: what a family is (`family`) and one file a family (`llama`,
+`mistral`, `qwen2`, `qwen3`).
 Does not live here: code that reads or changes a module.
 
 To add a family:
@@ -8,11 +9,16 @@ To add a family:
 2. Put it into `FAMILIES`.
 3. Add a tiny random configuration of it to ``tests/tiny_models.py``; the surgery tests run over it.
 A family whose norms, attention or MLP compute something else than Llama's needs more than data.
+
+A family of your own needs no change here: pass it as an object, ``mxtorq.quantize(..., family=F)``
+and ``mxtorq.load(path, family=F)``, or ``--family package.module:NAME``.
 """
 
 from mxtorq.models.family import Family
 from mxtorq.models.llama import LLAMA
+from mxtorq.models.mistral import MISTRAL
+from mxtorq.models.qwen2 import QWEN2
 from mxtorq.models.qwen3 import QWEN3
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, QWEN3)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 """The families that mxtorq knows, by name."""

@@ -114,5 +114,5 @@ def find_family(config: Mapping[str, object], families: Mapping[str, Family]) ->
         why="mxtorq rewrites only decoders whose modules it knows by name; a guess could change "
         "what the model computes",
         todo=f"the nearest family is {nearest.name!r} with the sites {sites}. If yours has the "
-        "same structure, describe it as a Family (three steps in mxtorq/models/__init__.py)",
+        "same structure, describe it as a Family and pass it (mxtorq/models/__init__.py says how)",
     )

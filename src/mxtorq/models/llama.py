@@ -1,4 +1,8 @@
-"""Llama 2, 3, 3.1 and 3.2: RMSNorm, grouped-query attention, gated SiLU MLP."""
+"""Llama 2, 3, 3.1 and 3.2: RMSNorm, grouped-query attention, gated SiLU MLP.
+
+The head may be tied to the embedding (3.2), and positions may be rescaled (``rope_scaling``, since
+3.1): both are read from the model, and nothing here depends on them.
+"""
 
 from mxtorq.models.family import GATED_DECODER_SITES, GATED_DECODER_WRITERS, Family
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Literal
 
 from rich.markup import escape
@@ -86,14 +86,15 @@ def site_tables(results: Results) -> list[str]:
         lines.append(["---"] * _TEXT_COLUMNS + ["---:"] * len(kinds) + ["---"])
         for group in groups:
             errors = {
-                name: fmean(row.site_errors[name] for row in group) for name in group[0].site_errors
+                name: _mean([r.site_errors[name] for r in group if name in r.site_errors])
+                for name in group[0].site_errors
             }
             worst = max(errors, key=lambda name: errors[name])
-            means = [
-                fmean(error for name, error in errors.items() if name.rpartition(".")[2] == kind)
+            of_kind = [
+                [error for name, error in errors.items() if name.rpartition(".")[2] == kind]
                 for kind in kinds
             ]
-            figures = [f"{sqnr_db(mean):.2f} dB" for mean in means]
+            figures = [f"{sqnr_db(_mean(some)):.2f} dB" if some else "-" for some in of_kind]
             shown = f"{worst} ({sqnr_db(errors[worst]):.2f} dB)"
             lines.append([*_cells(group, None)[:_TEXT_COLUMNS], *figures, shown])
         if groups:
@@ -121,7 +122,10 @@ def terminal(results: Results, title: str, width: int | None = None) -> Table:
     if dropped:
         notes.append(f"Left out for want of width: {', '.join(dropped)}. --json has everything.")
     table = Table(
-        title=title, title_justify="left", caption="\n".join(notes), caption_justify="left"
+        title=title,
+        title_justify="left",
+        caption=escape("\n".join(notes)),
+        caption_justify="left",
     )
     for index in shown:
         side: Literal["left", "right"] = "left" if index < _TEXT_COLUMNS else "right"
@@ -135,7 +139,7 @@ def terminal(results: Results, title: str, width: int | None = None) -> Table:
             following = groups[index + 1 : index + 2]
             ends = bool(following) and following[0][0].outliers != group[0].outliers
             style = "bold" if group[0].rounding is None else None
-            table.add_row(*(line[i] for i in shown), style=style, end_section=ends)
+            table.add_row(*(escape(line[i]) for i in shown), style=style, end_section=ends)
     return table
 
 
@@ -212,7 +216,7 @@ def _cells(group: list[Row], baseline: float | None) -> list[str]:
         row.outliers or "none",
         row.rounding or "-",
         row.scale_rule or "-",
-        _spread(values, ".4f") if max(values) < 1e5 else f"{fmean(values):.3e}",
+        _spread(values, ".4f") if max(values) < 1e5 else f"{_mean(values):.3e}",
         "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
         _spread([each.kl for each in group if each.kl is not None], ".4f"),
         _spread([sqnr_db(error) for error in errors], ".2f", " dB"),
@@ -229,9 +233,17 @@ def _spread(values: Sequence[float], form: str, unit: str = "", most: int = 2) -
     """The mean, and with two or more values their standard deviation."""
     if not values:
         return "-"
-    mean = f"{fmean(values):{form}}"
-    spread = f" ± {stdev(values):{form.lstrip('+')}}" if min(len(values), most) > 1 else ""
-    return f"{mean}{spread}{unit}"
+    mean = f"{_mean(values):{form}}"
+    if min(len(values), most) < 2:
+        return f"{mean}{unit}"
+    # A method can fail so badly that its perplexity overflows, which has no deviation.
+    spread = stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return f"{mean} ± {spread:{form.lstrip('+')}}{unit}"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Unlike `statistics.fmean`, of infinite and of huge values too."""
+    return sum(values) / len(values)
 
 
 def _versions(results: Results) -> str:
@@ -276,10 +288,10 @@ def checkpoint_sites(manifest: Manifest) -> Table:
         table.add_column(column, no_wrap=True)
     for entry in manifest.sites:
         table.add_row(
-            entry.site,
+            escape(entry.site),
             str(entry.width),
             str(len(entry.linears)),
-            entry.kind,
+            escape(entry.kind),
             f"{entry.multiply_adds:,}",
             f"{entry.output_error:.3e}",
             f"{sqnr_db(entry.output_error):.2f} dB",

@@ -9,9 +9,32 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mxtorq.errors import UsageError
+from mxtorq.reading.documents import (
+    Refusal,
+    conforms,
+    parse_object,
+    require_fields,
+    require_keys,
+)
 
 SCHEMA = "mxtorq.results"
 VERSION = 1
+LONGEST = 64 * 2**20
+"""Bytes: of some ten thousand rows."""
+
+_PROVENANCE: dict[str, dict[str, Any]] = {
+    "evaluation": {"source": str, "tokens": int, "seqlen": int},
+    "calibration": {"source": str, "tokens": int, "text_sha256": str},
+    "unfit": {},
+}
+"""What pages take out of a row's provenance, where it is there."""
+
+_refuse = Refusal(
+    kind=UsageError,
+    asked="a record of results",
+    why=f"this release reads {SCHEMA} version {VERSION}",
+    todo="pass a file written by --json",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,20 +94,29 @@ class Results:
         """Raises:
         UsageError: not a record of this schema and version.
         """
-        try:
-            content = json.loads(text)
-            schema, version = content["schema"], content["version"]
-            if (schema, version) != (SCHEMA, VERSION):
-                raise ValueError(f"schema {schema!r}, version {version!r}")
-            known = {f.name for f in fields(Row)}
-            rows = tuple(
-                Row(**{k: v for k, v in row.items() if k in known}) for row in content["rows"]
-            )
-            return cls(command=content["command"], rows=rows, versions=content["versions"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                asked="a record of results",
-                found=f"{type(error).__name__}: {error}",
-                why=f"this release reads {SCHEMA} version {VERSION}",
-                todo="pass a file written by --json",
-            ) from error
+        content = parse_object(text, _refuse)
+        schema, version = content.get("schema"), content.get("version")
+        if (schema, version) != (SCHEMA, VERSION):
+            raise _refuse(f"schema {schema!r:.100}, version {version!r:.100}")
+        expected = {"rows": list[dict[str, Any]], "versions": dict[str, str], "command": str}
+        require_keys(content, expected, _refuse, "a record")
+        known = {f.name for f in fields(Row)}
+        rows = []
+        for values in content["rows"]:
+            row = {name: value for name, value in values.items() if name in known}
+            require_fields(row, Row, _refuse, "a row")
+            rows.append(Row(**row))
+            _require_sense(rows[-1])
+        return cls(command=content["command"], rows=tuple(rows), versions=content["versions"])
+
+
+def _require_sense(row: Row) -> None:
+    errors = [*row.site_errors.values(), row.site_error or 0.0]
+    if row.perplexity < 1 or any(error < 0 for error in errors):
+        raise _refuse(f"perplexity {row.perplexity}, site errors from {min(errors)}")
+    for part, hints in _PROVENANCE.items():
+        table = row.provenance.get(part)
+        if table is not None and not conforms(table, dict[str, Any]):
+            raise _refuse(f"{part} = {table!r:.200}")
+        if table:
+            require_keys(table, hints, _refuse, part)
