@@ -94,11 +94,12 @@ def test_disk_memory_and_reference_are_the_same_bits(
     settings = recipe(case[1], story)
     windows = pipeline.calibrate(source, settings)
     quantize_(source, windows.ids, settings, pipeline.silent)
-    stored = read_checkpoint(written[case]).tensors
+    stored = read_checkpoint(written[case]).weights
     replaced = {n: m for n, m in source.model.named_modules() if isinstance(m, MXFP4Linear)}
     assert len(replaced) == 2 * sum(len(site.linears) for site in family.sites)
     for name, module in replaced.items():
-        packed, scales = stored[f"{name}.weight_packed"], stored[f"{name}.weight_scale"]
+        packed = stored.tensor(f"{name}.weight_packed")
+        scales = stored.tensor(f"{name}.weight_scale")
         assert torch.equal(packed, module.weight_packed)
         assert torch.equal(scales, module.weight_scale)
         values = dequantize(MXFP4(packed, scales))
@@ -218,7 +219,7 @@ def test_a_tied_head_and_rescaled_positions(method: str, story: Path, tmp_path: 
     pipeline.quantize(str(folder), out, recipe(method, story), device="cpu")
     stored = read_checkpoint(out)
     assert stored.config["tie_word_embeddings"] == (method == "torq")
-    assert ("lm_head.weight" in stored.tensors) == (method == "quarot")
+    assert ("lm_head.weight" in stored.weights.entries) == (method == "quarot")
     loaded = load(out, device="cpu")
     assert torch.equal(loaded.model.rotary_emb.inv_freq, frequencies)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == (method == "torq")
@@ -362,13 +363,13 @@ def test_a_mismatch_after_writing_is_an_error_and_leaves_nothing(
     """A writer that stores one wrong code is caught by reading back."""
     honest = mxtorq.loading.writer.stored_tensors
 
-    def lying(source: object) -> dict[str, torch.Tensor]:
-        tensors = {k: v.clone() for k, v in honest(source).items()}  # type: ignore[arg-type]
-        tensors["model.layers.0.mlp.up_proj.weight_packed"][0, 0] ^= 0x07
+    def lying(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        tensors = {k: v.clone() for k, v in honest(layer).items()}
+        tensors["mlp.up_proj.weight_packed"][0, 0] ^= 0x07
         return tensors
 
     monkeypatch.setattr(mxtorq.loading.writer, "stored_tensors", lying)
-    with pytest.raises(VerificationError, match="logits differ"):
+    with pytest.raises(VerificationError, match="numbers behind the last layer differ"):
         pipeline.quantize(
             str(tiny_folders["llama"]), tmp_path / "out", recipe("torq", story), device="cpu"
         )

@@ -31,7 +31,7 @@ from mxtorq.export.checkpoint import (
 from mxtorq.export.manifest import Manifest
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source, load_source, pick_device
-from mxtorq.loading.writer import verify, write_model
+from mxtorq.loading.writer import ModelWriter, verify
 from mxtorq.models.family import Family
 from mxtorq.quantization import Progress, Quantized, quantize_
 from mxtorq.reports.schema import Results, Row
@@ -67,19 +67,22 @@ def quantize(
     require_absent(out)
     require_ocp(recipe)
     progress("load", 0, 2)
-    source = load_model(model, recipe.outliers, recipe.seed, device, family, at_rest=True)
+    # What changes the model as a whole needs it whole; all else takes it layer by layer from disk.
+    whole = recipe.outliers is not None or recipe.method.rotates
+    source = load_model(model, recipe.outliers, recipe.seed, device, family, at_rest=not whole)
     recipe.method.check(network_shape(source.model, source.family))
     progress("load", 1, 2)
     windows = calibrate(source, recipe)
     progress("load", 2, 2)
     with output_folder(out) as folder:
-        quantized = quantize_(source, windows.ids, recipe, progress)
+        writer = ModelWriter(folder, source)
+        quantized = quantize_(source, windows.ids, recipe, progress, writer.add_layer)
         progress("write", 0, 2)
-        files = write_model(folder, source, quantized.transforms)
+        files = writer.finish(quantized.transforms)
         manifest = describe(source, quantized, recipe, windows, files)
         write_manifest(folder, manifest)
         progress("write", 1, 2)
-        verify(folder, source, windows.ids[:1])
+        verify(folder, source, *quantized.probe)
         progress("write", 2, 2)
     return manifest
 
@@ -150,7 +153,7 @@ def load_model(
 ) -> Source:
     """The unquantized model, with the outliers that were asked for.
 
-    ``at_rest`` leaves its decoder layers in BF16 on the CPU until `quantize_` comes to them.
+    ``at_rest`` leaves its weights on disk until `quantize_` comes to them.
     """
     source = load_source(model, pick_device(device), at_rest=at_rest, family=family)
     if outliers is not None:

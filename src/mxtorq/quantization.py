@@ -27,7 +27,8 @@ from mxtorq.evaluation.fidelity import output_error
 from mxtorq.export.manifest import SiteEntry
 from mxtorq.formats.scales import Scale
 from mxtorq.kernels.dispatch import fake_quantize
-from mxtorq.loading.source import Source, place, staged_
+from mxtorq.loading.at_rest import embedded, staged_
+from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family, Site
 from mxtorq.surgery.fuse import quantize_site_, require_fit
 from mxtorq.surgery.linear import fused_weight, linear_at
@@ -92,7 +93,8 @@ def quantize_(
         rotate_(source, windows, recipe, unfit, progress)
     layers = list(model.get_submodule(family.layers).children())
     progress("quantize", 0, len(layers))
-    inputs = first_layer_inputs(model, family, windows)
+    with embedded(source):
+        inputs = first_layer_inputs(model, family, windows, source.device, source.dtype)
     transforms: dict[str, Transform] = {}
     entries: list[SiteEntry] = []
     probe = replace(inputs[0], hidden=inputs[0].hidden.clone())

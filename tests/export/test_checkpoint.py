@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from mxtorq.errors import OutputError
-from mxtorq.export.checkpoint import output_folder, require_absent, write_files
-from mxtorq.export.compressed_tensors import quantization_config
+from mxtorq.export.checkpoint import TensorWriter, output_folder, require_absent
 
 
 def listing(folder: Path) -> list[str]:
@@ -65,9 +64,8 @@ def test_a_disk_without_room_is_refused_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    config = {"quantization_config": quantization_config(rotated=False, ignore=[])}
     with pytest.raises(OutputError, match="MB free"), output_folder(tmp_path / "out") as folder:
-        write_files(folder, config, {"w": torch.zeros(1000)}, {})
+        TensorWriter(folder).add({"w": torch.zeros(1000)})
     assert listing(tmp_path) == []
 
 
@@ -76,13 +74,11 @@ def test_a_write_that_the_system_stops_leaves_nothing(tmp_path: Path) -> None:
     code = """
 import sys, torch
 from pathlib import Path
-from mxtorq.export.checkpoint import output_folder, write_files
-from mxtorq.export.compressed_tensors import quantization_config
+from mxtorq.export.checkpoint import TensorWriter, output_folder
 from mxtorq.errors import OutputError
-config = {"quantization_config": quantization_config(rotated=False, ignore=[])}
 try:
     with output_folder(Path(sys.argv[1])) as folder:
-        write_files(folder, config, {"w": torch.zeros(1_000_000)}, {})
+        TensorWriter(folder).add({"w": torch.zeros(1_000_000)})
 except OutputError as error:
     print("refused:", error.found)
 """

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny_models
 from mxtorq.errors import ModelError
-from mxtorq.loading.source import load_source, pick_device, staged_
+from mxtorq.loading.source import load_source, pick_device
 from mxtorq.models import FAMILIES
 
 CPU = torch.device("cpu")
@@ -267,41 +266,3 @@ def test_a_missing_tokenizer(folder: Path) -> None:
 def test_devices() -> None:
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type in ("cpu", "cuda", "mps", "xpu")
-
-
-def test_layers_are_moved_one_ahead(tiny_folders: dict[str, Path]) -> None:
-    """At rest they are BF16; each is placed before it is handed out, and the next meanwhile."""
-    family = FAMILIES["qwen3"]
-    source = load_source(str(tiny_folders["qwen3"]), CPU, at_rest=True)
-    layers = list(source.model.get_submodule(family.layers).children())
-
-    def dtypes(module: torch.nn.Module) -> set[torch.dtype]:
-        return {parameter.dtype for parameter in module.parameters()}
-
-    assert [dtypes(layer) for layer in layers] == [{torch.bfloat16}] * len(layers)
-    assert source.model.lm_head.weight.dtype == torch.float32
-    assert source.device == CPU
-    assert len(layers) > 1
-    for index, layer in enumerate(staged_(layers, CPU)):
-        assert layer is layers[index]
-        assert dtypes(layer) == {torch.float32}
-        if index + 1 < len(layers):
-            deadline = time.monotonic() + 30
-            while dtypes(layers[index + 1]) != {torch.float32}:
-                assert time.monotonic() < deadline, "the next layer is not moved meanwhile"
-                time.sleep(0.01)
-        assert all(dtypes(layer) == {torch.bfloat16} for layer in layers[index + 2 :])
-    placed = load_source(str(tiny_folders["qwen3"]), CPU).model.state_dict()
-    staged = source.model.state_dict()
-    assert list(placed) == list(staged)
-    assert all(torch.equal(placed[key], staged[key]) for key in placed)
-
-
-def test_what_fails_while_moving_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = [torch.nn.Linear(2, 2) for _ in range(3)]
-    layers[1].weight = torch.nn.Parameter(torch.empty(2, 2, device="meta"))
-    seen = []
-    with pytest.raises(NotImplementedError, match="meta"):
-        for layer in staged_(layers, CPU):
-            seen.append(layer)
-    assert seen == layers[:1]

@@ -40,11 +40,20 @@ def batches(windows: Int64[Tensor, "n seqlen"]) -> list[Int64[Tensor, "b seqlen"
 
 @torch.no_grad()
 def first_layer_inputs(
-    model: nn.Module, family: Family, windows: Int64[Tensor, "n seqlen"]
+    model: nn.Module,
+    family: Family,
+    windows: Int64[Tensor, "n seqlen"],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
 ) -> list[LayerInput]:
-    """What the first decoder layer receives for each batch of windows."""
+    """What the first decoder layer receives for each batch of windows.
+
+    ``device`` and ``dtype`` are those that the layers compute on and in; the embedding's own unless
+    given. Of the model's weights only the embedding is used.
+    """
     first = model.get_submodule(f"{family.layers}.0")
-    device = next(model.parameters()).device
+    embedding: Any = model.get_submodule(family.embedding)
+    device, dtype = device or embedding.weight.device, dtype or embedding.weight.dtype
     caught: list[LayerInput] = []
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -52,6 +61,7 @@ def first_layer_inputs(
         raise _Stop
 
     hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+    cast = embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
     try:
         for batch in batches(windows):
             try:
@@ -60,6 +70,7 @@ def first_layer_inputs(
                 continue
     finally:
         hook.remove()
+        cast.remove()
     return caught
 
 

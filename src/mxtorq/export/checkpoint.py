@@ -3,6 +3,7 @@
     config.json                    transformers' configuration with ``quantization_config``
     model.safetensors              packed weights, scales, and the unquantized tensors in BF16
       (mxtorq-model.safetensors    the same where transforms must run: see `compressed_tensors`)
+      or, for large models, a file a layer and model.safetensors.index.json
     mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
     tokenizer and generation files
     mxtorq.json                    the manifest, with the SHA-256 of every other file
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mxtorq.errors import CheckpointError, OutputError
@@ -35,6 +36,9 @@ from mxtorq.reading.shards import Shards, open_shards
 
 CONFIG = "config.json"
 TRANSFORMS = "mxtorq-transforms.safetensors"
+
+SINGLE_FILE = 2**30
+"""Bytes of tensors up to which a checkpoint is one file."""
 
 _READ_BY_LIBRARIES = frozenset(
     (
@@ -48,12 +52,12 @@ _READ_BY_LIBRARIES = frozenset(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contents:
-    """A checkpoint in memory."""
+    """A checkpoint whose files were checked; its tensors are read when they are asked for."""
 
     config: dict[str, Any]
     manifest: Manifest
-    tensors: dict[str, Tensor]
-    transforms: dict[str, Tensor]
+    weights: Shards
+    transforms: Shards | None
 
 
 def require_absent(out: Path) -> None:
@@ -116,18 +120,73 @@ def output_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def write_files(
-    folder: Path,
-    config: dict[str, Any],
-    tensors: Mapping[str, Tensor],
-    transforms: Mapping[str, Tensor],
-) -> None:
-    """Write configuration and tensors into a folder.
+class TensorWriter:
+    """Tensors into safetensors files as they come: a file for each call, renamed at the end.
+
+    They end as one file, or as several with an index when they are more than `SINGLE_FILE` bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._pieces: list[Path] = []
+        self._names: list[list[str]] = []
+        self.total_bytes = 0
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write some tensors.
+
+        Raises:
+            OutputError: the disk has too little room.
+        """
+        needed = sum(t.numel() * t.element_size() for t in tensors.values())
+        _require_room(self._folder, needed)
+        piece = self._folder / f"piece-{len(self._pieces):05d}.safetensors"
+        save_file(_plain(tensors), piece, metadata={"format": "pt"})
+        self._pieces.append(piece)
+        self._names.append(sorted(tensors))
+        self.total_bytes += needed
+
+    def finish(self, file: str) -> None:
+        """Give the files their names: ``STEM.safetensors``, or STEM-00001-of-00003 and so on.
+
+        Raises:
+            OutputError: the disk has too little room.
+        """
+        stem = file.removesuffix(".safetensors")
+        if self.total_bytes <= SINGLE_FILE:
+            _require_room(self._folder, self.total_bytes)
+            whole = {name: t for piece in self._pieces for name, t in load_file(piece).items()}
+            save_file(_plain(whole), self._folder / file, metadata={"format": "pt"})
+            for piece in self._pieces:
+                piece.unlink()
+            return
+        count, table = len(self._pieces), {}
+        for number, (piece, names) in enumerate(zip(self._pieces, self._names, strict=True), 1):
+            name = f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+            piece.rename(self._folder / name)
+            table.update(dict.fromkeys(names, name))
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": table}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self._folder / f"{file}.index.json").write_text(text, encoding="utf-8")
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write config.json."""
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_transforms(folder: Path, transforms: Mapping[str, Tensor]) -> None:
+    """Write the tensors of all transforms, if there are any.
 
     Raises:
-        OutputError: the disk has less room than the tensors need.
+        OutputError: the disk has too little room.
     """
-    needed = sum(t.numel() * t.element_size() for t in (*tensors.values(), *transforms.values()))
+    if transforms:
+        _require_room(folder, sum(t.numel() * t.element_size() for t in transforms.values()))
+        save_file(_plain(transforms), folder / TRANSFORMS, metadata={"format": "pt"})
+
+
+def _require_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + 2**20:
         raise OutputError(
@@ -136,11 +195,6 @@ def write_files(
             why="the checkpoint does not fit",
             todo="free space on that disk or name another place; nothing was left behind",
         )
-    weights = WEIGHTS_FILE[config["quantization_config"]["quant_method"]]
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(_plain(tensors), folder / weights, metadata={"format": "pt"})
-    if transforms:
-        save_file(_plain(transforms), folder / TRANSFORMS, metadata={"format": "pt"})
 
 
 def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
@@ -214,12 +268,7 @@ def read_checkpoint(folder: Path) -> Contents:
     weights = _listed(folder, WEIGHTS_FILE[method], manifest, refuse)
     require_plausible(config, len(weights.names), weights.total_bytes, refuse)
     parts = _listed(folder, TRANSFORMS, manifest, refuse) if TRANSFORMS in manifest.files else None
-    return Contents(
-        config=config,
-        manifest=manifest,
-        tensors={name: weights.tensor(name) for name in weights.names},
-        transforms={name: parts.tensor(name) for name in parts.names} if parts else {},
-    )
+    return Contents(config=config, manifest=manifest, weights=weights, transforms=parts)
 
 
 def _listed(folder: Path, file: str, manifest: Manifest, refuse: Refusal) -> Shards:

@@ -5,6 +5,7 @@ stored codes and transforms, and the other tensors are put in place. What runs i
 no code is re-derived.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import nn
 
 from mxtorq.errors import CheckpointError, FormatError, MxtorqError
 from mxtorq.export.checkpoint import Contents, read_checkpoint
-from mxtorq.export.manifest import Manifest
+from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.loading.families import family_again
+from mxtorq.loading.skeleton import empty_, empty_model, fill_, stored_names
 from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models.family import Family
+from mxtorq.reading.shards import Shards
 from mxtorq.surgery.linear import MXFP4Linear, keep_weights_, linear_at
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms import KINDS
@@ -72,60 +75,98 @@ def load_checkpoint(
             why="its files are whole but do not describe a model that can be built",
             todo="load it with the release that wrote it, or quantize again",
         ) from error
-    source = Source(name=str(path), model=model, tokenizer=tokenizer, family=family)
+    source = Source(name=str(path), model=model, tokenizer=tokenizer, family=family, device=device)
     return source, contents.manifest
 
 
 def build_model(contents: Contents, name: str, family: Family) -> nn.Module:
     """The module that a checkpoint describes, on the CPU, unquantized tensors in BF16."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    plain = {k: v for k, v in contents.config.items() if k not in ("quantization_config", "dtype")}
-    config = AutoConfig.for_model(plain.pop("model_type"), **plain)
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    # Its buffers are computed, not stored, so they are made again outside of `meta`.
-    rotary: Any = type(model.get_submodule(family.rotary))
-    model.set_submodule(family.rotary, rotary(config=config))
-
-    tensors = dict(contents.tensors)
-    for entry in contents.manifest.sites:
-        for linear in entry.linears:
-            _require_width(linear_at(model, linear), entry.width, linear)
-        transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
-        rule = ScaleRule(contents.manifest.scale_rules["activations"])
-        shared = SiteInput(transform, rule, len(entry.linears))
-        for linear in entry.linears:
-            codes = MXFP4(
-                _take(tensors, f"{linear}.weight_packed"), _take(tensors, f"{linear}.weight_scale")
-            )
-            replaced = linear_at(model, linear)
-            _require_shape(replaced, codes, linear)
-            bias = None if replaced.bias is None else _take(tensors, f"{linear}.bias")
-            model.set_submodule(linear, MXFP4Linear(codes, bias, shared))
-    outcome = model.load_state_dict(tensors, strict=False, assign=True)
+    model = empty_model(contents.config, family)
+    for index in range(len(list(model.get_submodule(family.layers).children()))):
+        restore_layer_(model, contents, name, family, index)
+    outside = [n for n in stored_names(model, family) if not n.startswith(f"{family.layers}.")]
+    fill_(model, outside, lambda tensor: _read_like(model, contents, tensor, name))
     model.tie_weights()  # type: ignore[operator]
-    still_empty = [key for key, value in model.state_dict().items() if value.is_meta]
-    if still_empty or outcome.unexpected_keys:
+    known = {*stored_names(model, family), *model.state_dict()}
+    _require_known(contents, known, name)
+    return model
+
+
+def restored_layers(
+    contents: Contents, name: str, family: Family, device: torch.device
+) -> Iterator[nn.Module]:
+    """Each decoder layer of a checkpoint where it computes, one at a time in memory."""
+    model = empty_model(contents.config, family)
+    for index, layer in enumerate(model.get_submodule(family.layers).children()):
+        restore_layer_(model, contents, name, family, index)
+        yield place(layer, device)
+        empty_(layer)
+
+
+def restore_layer_(
+    model: nn.Module, contents: Contents, name: str, family: Family, index: int
+) -> None:
+    """Fill a decoder layer of an empty model.
+
+    Raises:
+        CheckpointError: a tensor is missing, of another shape, or belongs to no part of the layer.
+    """
+    prefix = f"{family.layers}.{index}."
+    for entry in contents.manifest.sites:
+        if entry.site.startswith(prefix):
+            _restore_site_(model, contents, name, entry)
+    parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
+    fill_(model, parameters, lambda tensor: _read_like(model, contents, tensor, name))
+
+
+def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteEntry) -> None:
+    for linear in entry.linears:
+        _require_width(linear_at(model, linear), entry.width, linear)
+    transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
+    rule = ScaleRule(contents.manifest.scale_rules["activations"])
+    shared = SiteInput(transform, rule, len(entry.linears))
+    for linear in entry.linears:
+        codes = MXFP4(
+            *(_read(contents, f"{linear}.weight_{part}", name) for part in ("packed", "scale"))
+        )
+        replaced = linear_at(model, linear)
+        _require_shape(replaced, codes, linear)
+        bias = None if replaced.bias is None else _read(contents, f"{linear}.bias", name)
+        model.set_submodule(linear, MXFP4Linear(codes, bias, shared))
+
+
+def _read(contents: Contents, tensor: str, name: str) -> torch.Tensor:
+    if tensor not in contents.weights.entries:
+        raise CheckpointError(
+            asked=f"the tensor {tensor} of the checkpoint {name}",
+            found="a checkpoint without it",
+            why="config.json and the manifest describe a model that has it",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
+    return contents.weights.tensor(tensor)
+
+
+def _read_like(model: nn.Module, contents: Contents, tensor: str, name: str) -> torch.Tensor:
+    expected, found = model.get_parameter(tensor).shape, _read(contents, tensor, name)
+    if found.shape != expected or found.dtype != torch.bfloat16:
+        raise CheckpointError(
+            asked=f"the tensor {tensor} of the checkpoint {name}, bfloat16 {tuple(expected)}",
+            found=f"{found.dtype} {tuple(found.shape)}",
+            why="config.json describes another model",
+            todo="quantize again; do not mix files of two checkpoints",
+        )
+    return found
+
+
+def _require_known(contents: Contents, known: set[str], name: str) -> None:
+    unknown = sorted(set(contents.weights.names) - known)
+    if unknown:
         raise CheckpointError(
             asked=f"the checkpoint {name}",
-            found=f"missing tensors: {still_empty[:3]}, unknown: {outcome.unexpected_keys[:3]}",
+            found=f"tensors that no part of the model has: {', '.join(unknown[:3])}",
             why="config.json, the manifest and the tensors describe different models",
             todo="quantize again; do not mix files of two checkpoints",
         )
-    return model.eval().requires_grad_(False)
-
-
-def _take(tensors: dict[str, Any], key: str) -> torch.Tensor:
-    if key not in tensors:
-        raise CheckpointError(
-            asked=f"the tensor {key}",
-            found="a checkpoint without it",
-            why="the manifest lists its linear as quantized",
-            todo="quantize again; do not mix files of two checkpoints",
-        )
-    tensor: torch.Tensor = tensors.pop(key)
-    return tensor
 
 
 def _require_width(linear: nn.Linear, width: int, name: str) -> None:
@@ -151,9 +192,10 @@ def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:
         )
 
 
-def _transform(kind: str, width: int, tensors: dict[str, torch.Tensor], site: str) -> Transform:
+def _transform(kind: str, width: int, stored: Shards | None, site: str) -> Transform:
     prefix = f"{site}."
-    parts = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    names = [] if stored is None else [name for name in stored.names if name.startswith(prefix)]
+    parts = {name.removeprefix(prefix): stored.tensor(name) for name in names if stored}
     try:
         return KINDS[kind].from_tensors(width, parts)
     except (KeyError, FormatError) as error:

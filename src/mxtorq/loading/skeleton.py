@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from mxtorq.models.family import Family
+from mxtorq.reading.documents import Refusal
+from mxtorq.reading.shards import Shards
 
 
 def empty_model(config: Mapping[str, Any], family: Family) -> nn.Module:
-    """The module that a config.json describes, in BF16 on ``meta``, but for its rotary embedding."""
+    """The module that a config.json describes, on ``meta`` but for its rotary embedding."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     plain = {k: v for k, v in config.items() if k not in ("quantization_config", "dtype")}
@@ -57,3 +59,26 @@ def empty_(module: nn.Module) -> None:
             part.register_parameter(name, gone)
         for name, buffer in part.named_buffers(recurse=False):
             part.register_buffer(name, buffer.to("meta"))
+
+
+def model_at_rest(
+    config: dict[str, Any], family: Family, shards: Shards, refuse: Refusal
+) -> nn.Module:
+    """A model without values whose every tensor is there to be read.
+
+    Raises:
+        MxtorqError: one is missing or has another shape.
+    """
+    model = empty_model(config, family)
+    wrong = [
+        name
+        for name in stored_names(model, family)
+        if name not in shards.entries
+        or tuple(shards.entry(name).shape) != tuple(model.get_parameter(name).shape)
+    ]
+    if wrong:
+        raise refuse(
+            f"{len(wrong)} tensors missing or of another shape, such as {wrong[0]}",
+            "they would be filled with random numbers",
+        )
+    return model

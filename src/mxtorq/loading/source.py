@@ -13,11 +13,8 @@ and every tensor that the architecture needs must be there, and none may hold Na
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.resources import as_file, files
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +23,11 @@ from torch import nn
 
 from mxtorq.errors import ModelError, MxtorqError
 from mxtorq.loading.families import choose_family, require_described
+from mxtorq.loading.skeleton import model_at_rest
 from mxtorq.models.family import Family
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
-from mxtorq.reading.shards import open_shards
+from mxtorq.reading.shards import Shards, open_shards
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -45,6 +43,10 @@ class Source:
     model: nn.Module
     tokenizer: Any
     family: Family
+    device: torch.device
+    """Where it computes."""
+    shards: Shards | None = None
+    """What a model that stays on disk is read from: see `at_rest`. None when it is in memory."""
 
     @property
     def config(self) -> Any:
@@ -52,8 +54,9 @@ class Source:
         return self.model.config
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and BF16 values of all weights: which model this is."""
@@ -85,39 +88,6 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     return model.float() if device.type == "cpu" else model.to(device)
 
 
-def place_around_(model: nn.Module, layers: str, device: torch.device) -> None:
-    """Put everything but the decoder layers where it computes; they stay in BF16 on the CPU."""
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if not name.startswith(f"{layers}."):
-            tensor.data = _placed(tensor, device)
-
-
-def staged_(layers: Sequence[nn.Module], device: torch.device) -> Iterator[nn.Module]:
-    """Each layer once it lies where it computes; the next is moved and cast while it is worked on.
-
-    A layer is moved once. Layers that are there already cost nothing.
-    """
-
-    def place_(layer: nn.Module) -> nn.Module:
-        for tensor in chain(layer.parameters(), layer.buffers()):
-            tensor.data = _placed(tensor, device)
-        return layer
-
-    with ThreadPoolExecutor(1, thread_name_prefix="mxtorq-layers") as mover:
-        coming = mover.submit(place_, layers[0])
-        for following in (*layers[1:], None):
-            layer = coming.result()
-            if following is not None:
-                coming = mover.submit(place_, following)
-            yield layer
-
-
-def _placed(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    # As in `place`: float32 on a CPU, elsewhere what it was.
-    wide = device.type == "cpu" and tensor.is_floating_point()
-    return tensor.data.to(device, torch.float32 if wide else tensor.dtype)
-
-
 def load_source(
     name: str, device: torch.device, *, at_rest: bool = False, family: Family | None = None
 ) -> Source:
@@ -126,7 +96,7 @@ def load_source(
     Args:
         name: which.
         device: where it computes.
-        at_rest: leave its decoder layers in BF16 on the CPU, for `staged_`.
+        at_rest: leave its weights on disk.
         family: the caller's own; found by config.json otherwise.
 
     Raises:
@@ -136,7 +106,7 @@ def load_source(
     """
     if name == REFERENCE:
         with as_file(files("mxtorq.embedded") / "model") as folder:
-            return _load(name, str(folder), device, at_rest, family)
+            return _load(name, str(folder), device, False, family)
     path = Path(name)
     if not path.is_dir() and (path.exists() or not _HUB_ID.fullmatch(name)):
         raise ModelError(
@@ -152,8 +122,28 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
     config = _read_config(name, where)
     family = choose_family(config, own)
     _require_supported(name, config)
-    _require_sound(name, where, config)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    shards = _sound_shards(name, Path(where), config) if Path(where).is_dir() else None
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except Exception as error:  # transformers, hub and safetensors share no root
+        raise _unreadable(name, error) from error
+    if at_rest and shards is not None:
+        model = model_at_rest(config, family, shards, _refusal(name))
+        require_described(model, family)
+        model.get_submodule(family.rotary).to(device)
+        _read_generation_config_(name, where, model)
+    else:
+        shards, model = None, place(_whole_model(name, where, family), device)
+    return Source(
+        name=name, model=model, tokenizer=tokenizer, family=family, device=device, shards=shards
+    )
+
+
+def _whole_model(name: str, where: str, family: Family) -> nn.Module:
+    """The model in memory, in BF16 on the CPU. One of the hub is fetched by transformers."""
+    from transformers import AutoModelForCausalLM
 
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -163,10 +153,10 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
             trust_remote_code=False,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
-    except Exception as error:  # transformers, hub and safetensors share no root
+    except Exception as error:  # as above
         raise _unreadable(name, error) from error
-    model, report = loaded
+    model: nn.Module = loaded[0]
+    report = loaded[1]
     missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if missing:
         raise ModelError(
@@ -177,12 +167,17 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
         )
     require_described(model, family)
     _require_finite(name, model)
-    model.eval().requires_grad_(False)
-    if at_rest:
-        place_around_(model, family.layers, device)
-    else:
-        model = place(model, device)
-    return Source(name=name, model=model, tokenizer=tokenizer, family=family)
+    return model.eval().requires_grad_(False)
+
+
+def _read_generation_config_(name: str, where: str, model: Any) -> None:
+    from transformers import GenerationConfig
+
+    if (Path(where) / "generation_config.json").is_file():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(where)
+        except Exception as error:  # as above
+            raise _unreadable(name, error) from error
 
 
 def _read_config(name: str, where: str) -> dict[str, Any]:
@@ -195,11 +190,9 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
     return read_configuration(Path(str(path)), _refusal(name))
 
 
-def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
-    """Check the headers of all weights in a folder before transformers takes memory for them."""
-    folder, refuse = Path(where), _refusal(name)
-    if not folder.is_dir():
-        return
+def _sound_shards(name: str, folder: Path, config: dict[str, Any]) -> Shards:
+    """The weights of a folder, all headers checked before memory is taken for one of them."""
+    refuse = _refusal(name)
     if (folder / "adapter_config.json").exists():
         raise refuse(
             "adapter_config.json",
@@ -208,6 +201,7 @@ def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
         )
     shards = open_shards(folder, refuse)
     require_plausible(config, len(shards.names), shards.total_bytes, refuse)
+    return shards
 
 
 def _require_supported(name: str, config: dict[str, Any]) -> None:

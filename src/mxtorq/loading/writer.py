@@ -1,6 +1,6 @@
-"""A quantized module into the files of a checkpoint, and the proof that they are the same.
+"""A quantized model into the files of a checkpoint, layer by layer, and the proof of it.
 
-The inverse of `loading.checkpoint`. What a checkpoint keeps beside the codes are the module's other
+The inverse of `loading.checkpoint`. What a checkpoint keeps beside the codes are the model's other
 tensors in BF16 (they were read as BF16, so that loses nothing), tied ones once.
 """
 
@@ -10,71 +10,126 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import VerificationError
-from mxtorq.export.checkpoint import fingerprints, write_files
-from mxtorq.export.compressed_tensors import quantization_config
-from mxtorq.loading.checkpoint import load_checkpoint
+from mxtorq.export.checkpoint import (
+    TensorWriter,
+    fingerprints,
+    read_checkpoint,
+    write_config,
+    write_transforms,
+)
+from mxtorq.export.compressed_tensors import WEIGHTS_FILE, quantization_config
+from mxtorq.loading.at_rest import stored_value
+from mxtorq.loading.checkpoint import restored_layers
+from mxtorq.loading.skeleton import empty_, stored_names
 from mxtorq.loading.source import Source
 from mxtorq.transforms.base import Transform
 
 
-def write_model(
-    folder: Path, source: Source, transforms: Mapping[str, Transform]
-) -> dict[str, dict[str, object]]:
-    """Write configuration, tokenizer, tensors and transforms (by site) of a quantized model.
+class ModelWriter:
+    """Writes a model into a folder: each layer when it is quantized, the rest at the end."""
 
-    Returns:
-        What the manifest says of the files.
+    def __init__(self, folder: Path, source: Source) -> None:
+        self._folder, self._source = folder, source
+        self._tensors = TensorWriter(folder)
+        self._prefix = f"{source.family.layers}."
+        modules = source.model.named_modules()
+        linears = [name for name, module in modules if isinstance(module, nn.Linear)]
+        self._plain = [name for name in linears if not name.startswith(self._prefix)]
 
-    Raises:
-        OutputError: the disk has too little room.
-    """
-    linears = [n for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    rotated = any(transform.kind != "identity" for transform in transforms.values())
-    config = json.loads(source.config.to_json_string())
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = quantization_config(rotated=rotated, ignore=sorted(linears))
-    parts = {
-        f"{site}.{part}": tensor
-        for site, transform in transforms.items()
-        for part, tensor in transform.tensors().items()
-    }
-    write_files(folder, config, stored_tensors(source), parts)
-    source.tokenizer.save_pretrained(folder)
-    generation: Any = source.model.generation_config
-    generation.save_pretrained(folder)
-    return fingerprints(folder)
+    def add_layer(self, index: int, layer: nn.Module) -> None:
+        """Write a layer and let go of it.
+
+        Raises:
+            OutputError: the disk has too little room.
+        """
+        prefix = f"{self._prefix}{index}."
+        linears = (name for name, part in layer.named_modules() if isinstance(part, nn.Linear))
+        self._plain += [prefix + name for name in linears]
+        self._tensors.add({prefix + name: value for name, value in stored_tensors(layer).items()})
+        empty_(layer)
+
+    def finish(self, transforms: Mapping[str, Transform]) -> dict[str, dict[str, object]]:
+        """Write everything else: other tensors, configuration, tokenizer, transforms (by site).
+
+        Returns:
+            What the manifest says of the files.
+
+        Raises:
+            OutputError: the disk has too little room.
+        """
+        source, folder = self._source, self._folder
+        for name in outside_layers(source):  # one by one: an embedding is as large as some layers
+            self._tensors.add({name: stored_value(source, name)})
+        rotated = any(transform.kind != "identity" for transform in transforms.values())
+        config = json.loads(source.config.to_json_string())
+        config["dtype"] = "bfloat16"
+        described = quantization_config(rotated=rotated, ignore=sorted(self._plain))
+        config["quantization_config"] = described
+        self._tensors.finish(WEIGHTS_FILE[described["quant_method"]])
+        write_config(folder, config)
+        write_transforms(
+            folder,
+            {
+                f"{site}.{part}": tensor
+                for site, transform in transforms.items()
+                for part, tensor in transform.tensors().items()
+            },
+        )
+        source.tokenizer.save_pretrained(folder)
+        generation: Any = source.model.generation_config
+        generation.save_pretrained(folder)
+        return fingerprints(folder)
 
 
-def stored_tensors(source: Source) -> dict[str, Tensor]:
-    """A quantized model's tensors as a checkpoint keeps them."""
-    state: dict[str, Tensor] = source.model.state_dict()
-    if source.config.tie_word_embeddings:
-        state.pop(f"{source.family.head}.weight", None)
+def outside_layers(source: Source) -> list[str]:
+    """The tensors that a checkpoint has beside those of the decoder layers."""
+    names = stored_names(source.model, source.family)
+    return [name for name in names if not name.startswith(f"{source.family.layers}.")]
+
+
+def stored_tensors(layer: nn.Module) -> dict[str, Tensor]:
+    """A quantized layer's tensors as a checkpoint keeps them."""
+    state: dict[str, Tensor] = layer.state_dict()
     return {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
 
 
 @torch.no_grad()
-def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> None:
-    """Read a checkpoint back and compare its logits with the model in memory, bit for bit.
+def verify(folder: Path, source: Source, before: LayerInput, after: Tensor) -> None:
+    """Read a checkpoint back, run it layer by layer, and compare bit for bit.
+
+    Args:
+        folder: the checkpoint.
+        source: what it was made from.
+        before: what the first layer gets.
+        after: what the quantized layers in memory made of it.
 
     Raises:
-        VerificationError: one logit differs.
+        VerificationError: one number differs, of the layers' outputs or of the other tensors.
     """
-    written = load_checkpoint(folder, source.device, source.family)[0].model
-    ids = windows.to(source.device)
-    expected = source.model(input_ids=ids, use_cache=False).logits
-    found = written(input_ids=ids, use_cache=False).logits
-    if not torch.equal(expected, found):
-        wrong = int((expected != found).sum())
-        worst = (expected.double() - found.double()).abs().max().item()
-        raise VerificationError(
-            asked="a checkpoint that computes what the quantized model in memory computes",
-            found=f"{wrong} of {expected.numel()} logits differ, by up to {worst:.3e}",
-            why="the same codes, scales and transforms on the same device give the same bits",
-            todo="this is a defect of mxtorq or of this machine's memory or disk: run again, and "
-            "report it if it stays. Nothing was left behind",
-        )
+    contents = read_checkpoint(folder)
+    hidden = before.hidden
+    for layer in restored_layers(contents, str(folder), source.family, source.device):
+        output = layer(hidden, **before.arguments)
+        hidden = output[0] if isinstance(output, tuple) else output  # older transformers
+    _require_equal("numbers behind the last layer", after, hidden)
+    for name in outside_layers(source):
+        found = contents.weights.tensor(name)
+        _require_equal(f"numbers of {name}", stored_value(source, name), found)
+
+
+def _require_equal(what: str, expected: Tensor, found: Tensor) -> None:
+    if torch.equal(expected, found):
+        return
+    wrong = int((expected != found).sum())
+    worst = (expected.double() - found.double()).abs().max().item()
+    raise VerificationError(
+        asked="a checkpoint that computes what the quantized model in memory computes",
+        found=f"{wrong} of {expected.numel()} {what} differ, by up to {worst:.3e}",
+        why="the same codes, scales and transforms on the same device give the same bits",
+        todo="this is a defect of mxtorq or of this machine's memory or disk: run again, and "
+        "report it if it stays. Nothing was left behind",
+    )

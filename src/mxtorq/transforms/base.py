@@ -20,6 +20,8 @@ from mxtorq.errors import UsageError
 from mxtorq.formats.spec import BLOCK
 from mxtorq.models.family import SiteName
 
+_PANEL = 512  # rows of a Hessian that are transformed together
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SiteStatistics:
@@ -82,7 +84,12 @@ class SiteStatistics:
 
     def transformed_hessian(self, transform: "Transform") -> Float64[Tensor, "d d"]:
         """The second moment of x T: T^T H T."""
-        return transform.apply(transform.apply(self.hessian).T)
+        half = transform.apply(self.hessian)
+        whole = torch.empty_like(half)
+        for start in range(0, len(half), _PANEL):  # no transposed copy of the whole
+            panel = half[:, start : start + _PANEL].T.contiguous()
+            whole[start : start + _PANEL] = transform.apply(panel)
+        return whole
 
     def transformed(self, transform: "Transform") -> "SiteStatistics":
         """The statistics of x T and W T^-T.
