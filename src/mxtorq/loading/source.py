@@ -26,7 +26,7 @@ from mxtorq.models import FAMILIES
 from mxtorq.models.family import Family, find_family
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
-from mxtorq.reading.shards import open_shards
+from mxtorq.reading.shards import STEM, indexed_files, open_shards
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -187,10 +187,9 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
 
 
 def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
-    """Check the headers of all weights in a folder before transformers takes memory for them."""
-    folder, refuse = Path(where), _refusal(name)
-    if not folder.is_dir():
-        return
+    """Check the headers of all weights before transformers takes memory for them."""
+    refuse = _refusal(name)
+    folder = Path(where) if Path(where).is_dir() else _downloaded(name, refuse)
     if (folder / "adapter_config.json").exists():
         raise refuse(
             "adapter_config.json",
@@ -199,6 +198,24 @@ def _require_sound(name: str, where: str, config: dict[str, Any]) -> None:
         )
     shards = open_shards(folder, refuse)
     require_plausible(config, len(shards.names), shards.total_bytes, refuse)
+
+
+def _downloaded(name: str, refuse: Refusal) -> Path:
+    """The folder of the hub's cache with all weights of a model, in one file or by its index."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        try:
+            return Path(str(cached_file(name, f"{STEM}.safetensors"))).parent
+        except OSError:  # no such file there: it has an index then, or the network is gone
+            index = Path(str(cached_file(name, f"{STEM}.safetensors.index.json")))
+        for file in sorted(set(indexed_files(index, refuse).values())):
+            cached_file(name, file)
+    except MxtorqError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
+    return index.parent
 
 
 def _supported_family(name: str, config: dict[str, Any]) -> Family:

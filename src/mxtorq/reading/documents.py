@@ -56,13 +56,18 @@ def read_bytes(path: Path, most: int, refuse: Refusal) -> bytes:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):  # a pipe would block, a device has no end
             raise refuse(f"{path.name}, which is no regular file")
-        with path.open("rb", buffering=0) as file:
-            content = file.read(min(facts.st_size, most) + 1)
+        size = facts.st_size
+        if size <= most:
+            with path.open("rb") as file:
+                content = file.read(size + 1)  # one more: it may grow
+            size = len(content)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate in the name
         raise refuse(f"{type(error).__name__}: {error}") from error
-    if len(content) > most:
-        size = f"{path.name} of {facts.st_size / 1e6:.1f} MB"
-        raise refuse(size, f"such a file has up to {most / 1e6:.1f} MB, and values take far more")
+    if size > most:
+        raise refuse(
+            f"{path.name} of {size / 1e6:.1f} MB",
+            f"such a file has up to {most / 1e6:.1f} MB, and its values take far more",
+        )
     return content
 
 
