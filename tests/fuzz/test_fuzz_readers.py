@@ -4,10 +4,13 @@ Three kinds of foreign input: damaged (a good file with bits flipped, cut or rep
 document in which one value is another one) and arbitrary. The examples are the same in each run.
 What a reader accepts is used as the program would use it, so that a value which breaks its user an
 hour later counts as a find.
+
+``MXTORQ_FUZZ=20 pytest tests/fuzz`` takes twenty times as many examples, and others in each run.
 """
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import tracemalloc
@@ -55,11 +58,14 @@ REFUSE = Refusal(kind=ModelError, asked="a file", why="it is odd", todo="get ano
 ROOT = Path(__file__).parents[2]
 
 
+LONGER = int(os.environ.get("MXTORQ_FUZZ", "0"))
+
+
 def fuzz(examples: int) -> Callable[[Any], Any]:
-    """The same examples each time, and no database of them."""
+    """The same examples each time, unless a longer search is asked for; no database of them."""
     return settings(
-        max_examples=examples,
-        derandomize=True,
+        max_examples=examples * max(1, LONGER),
+        derandomize=not LONGER,
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -194,7 +200,7 @@ def model(tiny_folders: dict[str, Path], room: Path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tiny_folders: dict[str, Path], story: Path, room: Path) -> Path:
     recipe = Recipe(
-        method=parse_method("torq:rounds=1"),
+        method=parse_method("hadamard"),
         calibration=str(story),
         calibration_tokens=128,
         seqlen=64,
