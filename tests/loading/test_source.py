@@ -256,6 +256,80 @@ def test_pickles_are_not_opened(folder: Path) -> None:
         load_source(str(folder), CPU)
 
 
+def test_code_of_the_author_is_refused(folder: Path) -> None:
+    (folder / "modeling.py").write_text("raise SystemExit('it ran')")
+    edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling.Model"})
+    with pytest.raises(ModelError, match="trust_remote_code is off"):
+        load_source(str(folder), CPU)
+
+
+def test_an_adapter_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ModelError, match="Merge the adapter"):
+        load_source(str(folder), CPU)
+
+
+def test_sizes_are_checked_before_anything_is_built(folder: Path) -> None:
+    for changes in ({"num_hidden_layers": 10**9}, {"head_dim": 10**12}, {"vocab_size": 10**12}):
+        honest = (folder / "config.json").read_text()
+        edit_config(folder, **changes)
+        with pytest.raises(ModelError, match=r"config\.json|num_hidden_layers"):
+            load_source(str(folder), CPU)
+        (folder / "config.json").write_text(honest)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split the weights of a folder into two files and an index; returns its table."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    table: dict[str, str] = {}
+    for at, some in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-0000{at}-of-00002.safetensors"
+        save_file({k: tensors[k] for k in some}, folder / file, metadata={"format": "pt"})
+        table.update(dict.fromkeys(some, file))
+    index = {"metadata": {"total_size": 1}, "weight_map": table}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return table
+
+
+def test_shards_are_read_and_their_index_may_not_lead_away(folder: Path, tmp_path: Path) -> None:
+    expected = load_source(str(folder), CPU).fingerprint()
+    table = shard(folder)
+    assert load_source(str(folder), CPU).fingerprint() == expected
+    name, file = next(iter(table.items()))
+    shutil.copy(folder / file, tmp_path / file)
+    for wrong in (f"../{file}", str(tmp_path / file)):
+        index = {"weight_map": {**table, name: wrong}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(ModelError, match="without any path"):
+            load_source(str(folder), CPU)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_in_the_cache_of_the_hub_is_checked_too(
+    sharded: bool, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The layout of the cache: a revision is a folder of links to blobs."""
+    expected = load_source(str(folder), CPU).fingerprint()
+    if sharded:
+        shard(folder)
+    root = tmp_path / "hub" / "models--some--model"
+    snapshot = root / "snapshots" / ("0" * 40)
+    for made in (snapshot, root / "refs", root / "blobs"):
+        made.mkdir(parents=True)
+    (root / "refs" / "main").write_text("0" * 40)
+    for path in folder.iterdir():
+        shutil.move(path, root / "blobs" / path.name)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load_source("some/model", CPU).fingerprint() == expected
+    weights = sorted((root / "blobs").glob("model*.safetensors"))[-1]
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ModelError, match="is truncated"):
+        load_source("some/model", CPU)
+
+
 def test_a_missing_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()

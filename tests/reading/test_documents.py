@@ -11,10 +11,10 @@ from mxtorq.errors import CheckpointError, MxtorqError
 from mxtorq.reading.documents import (
     Refusal,
     conforms,
+    fields_of,
     parse_json,
     parse_object,
     read_text,
-    require_fields,
 )
 
 REFUSE = Refusal(kind=CheckpointError, asked="a file", why="it is odd", todo="look at it")
@@ -116,11 +116,20 @@ def test_types_of_json(value: object, hint: object, fits: bool) -> None:
 class Card:
     number: int
     names: list[str] = field(default_factory=list)
+    size: float = 0.0
+    sizes: dict[str, float] = field(default_factory=dict)
+    maybe: float | None = None
 
 
 def test_fields_of_a_dataclass() -> None:
-    require_fields({"number": 3}, Card, REFUSE, "a card")
-    require_fields({"number": 3, "names": ["x"]}, Card, REFUSE, "a card")
+    assert fields_of({"number": 3}, Card, REFUSE, "a card") == {"number": 3}
+    whole = {"number": 3, "names": ["x"], "size": 2, "sizes": {"a": 1}, "maybe": 5}
+    found = fields_of(whole, Card, REFUSE, "a card")
+    assert found == whole
+    floats = (found["size"], found["sizes"]["a"], found["maybe"])
+    assert [type(each) for each in floats] == [float] * 3
+    assert type(found["number"]) is int
+    assert fields_of({"number": 3, "maybe": None}, Card, REFUSE, "a card")["maybe"] is None
     for values, message in (
         ({}, r"a card with missing or unknown fields \['number'\]"),
         ({"number": 3, "other": 4}, r"\['other'\]"),
@@ -129,4 +138,4 @@ def test_fields_of_a_dataclass() -> None:
         ([3], "a card of type list"),
     ):
         with pytest.raises(MxtorqError, match=message):
-            require_fields(values, Card, REFUSE, "a card")
+            fields_of(values, Card, REFUSE, "a card")

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mxtorq.errors import CheckpointError
-from mxtorq.reading.documents import Refusal, parse_object, require_fields, require_keys
+from mxtorq.reading.documents import Refusal, fields_of, parse_object, require_keys
 
 FILE = "mxtorq.json"
 SCHEMA = "mxtorq.manifest"
@@ -102,10 +102,10 @@ class Manifest:
         sites = content.get("sites")
         if not isinstance(sites, list):
             raise refuse(f"sites = {sites!r:.200}")
-        for entry in sites:
-            require_fields(entry, SiteEntry, refuse, "a site entry")
-        content["sites"] = [SiteEntry(**entry) for entry in sites]
-        require_fields(content, cls, refuse, "a manifest")
+        content["sites"] = [
+            SiteEntry(**fields_of(entry, SiteEntry, refuse, "a site entry")) for entry in sites
+        ]
+        content = fields_of(content, cls, refuse, "a manifest")
         for part, keys in _PARTS.items():
             require_keys(content[part], keys, refuse, part)
         for name, facts in content["files"].items():

@@ -27,7 +27,7 @@ from mxtorq.loading.skeleton import model_at_rest
 from mxtorq.models.family import Family
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
-from mxtorq.reading.shards import Shards, open_shards
+from mxtorq.reading.shards import STEM, Shards, indexed_files, open_shards
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -122,27 +122,32 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
     config = _read_config(name, where)
     family = choose_family(config, own)
     _require_supported(name, config)
-    shards = _sound_shards(name, Path(where), config) if Path(where).is_dir() else None
+    shards = _sound_shards(name, where, config)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except Exception as error:  # transformers, hub and safetensors share no root
         raise _unreadable(name, error) from error
-    if at_rest and shards is not None:
+    if at_rest:
         model = model_at_rest(config, family, shards, _refusal(name))
         require_described(model, family)
         model.get_submodule(family.rotary).to(device)
         _read_generation_config_(name, where, model)
     else:
-        shards, model = None, place(_whole_model(name, where, family), device)
+        model = place(_whole_model(name, where, family), device)
     return Source(
-        name=name, model=model, tokenizer=tokenizer, family=family, device=device, shards=shards
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        family=family,
+        device=device,
+        shards=shards if at_rest else None,
     )
 
 
 def _whole_model(name: str, where: str, family: Family) -> nn.Module:
-    """The model in memory, in BF16 on the CPU. One of the hub is fetched by transformers."""
+    """The model in memory, in BF16 on the CPU."""
     from transformers import AutoModelForCausalLM
 
     try:
@@ -173,10 +178,13 @@ def _whole_model(name: str, where: str, family: Family) -> nn.Module:
 def _read_generation_config_(name: str, where: str, model: Any) -> None:
     from transformers import GenerationConfig
 
-    if (Path(where) / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(where)
-        except Exception as error:  # as above
+    folder = Path(where)
+    if folder.is_dir() and not (folder / "generation_config.json").is_file():
+        return
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(where)
+    except Exception as error:  # as above
+        if folder.is_dir() or not isinstance(error, OSError):  # on the hub there may be none
             raise _unreadable(name, error) from error
 
 
@@ -190,9 +198,10 @@ def _read_config(name: str, where: str) -> dict[str, Any]:
     return read_configuration(Path(str(path)), _refusal(name))
 
 
-def _sound_shards(name: str, folder: Path, config: dict[str, Any]) -> Shards:
-    """The weights of a folder, all headers checked before memory is taken for one of them."""
+def _sound_shards(name: str, where: str, config: dict[str, Any]) -> Shards:
+    """The weights of a model, all headers checked before memory is taken for one of them."""
     refuse = _refusal(name)
+    folder = Path(where) if Path(where).is_dir() else _downloaded(name, refuse)
     if (folder / "adapter_config.json").exists():
         raise refuse(
             "adapter_config.json",
@@ -202,6 +211,24 @@ def _sound_shards(name: str, folder: Path, config: dict[str, Any]) -> Shards:
     shards = open_shards(folder, refuse)
     require_plausible(config, len(shards.names), shards.total_bytes, refuse)
     return shards
+
+
+def _downloaded(name: str, refuse: Refusal) -> Path:
+    """The folder of the hub's cache with all weights of a model, in one file or by its index."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        try:
+            return Path(str(cached_file(name, f"{STEM}.safetensors"))).parent
+        except OSError:  # no such file there: it has an index then, or the network is gone
+            index = Path(str(cached_file(name, f"{STEM}.safetensors.index.json")))
+        for file in sorted(set(indexed_files(index, refuse).values())):
+            cached_file(name, file)
+    except MxtorqError:
+        raise
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
+    return index.parent
 
 
 def _require_supported(name: str, config: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ of two equal keys, let escaped halves of surrogate pairs through that no file na
 encode, and raise `RecursionError` for deep nesting. The functions here read regular files up to a
 size and refuse the rest.
 
-Values are checked against the type hints of the dataclass that they go into (`require_fields`), so
+Values are checked against the type hints of the dataclass that they go into (`fields_of`), so
 that a record with a list in the place of a number stops where it is read and not an hour later.
 
 Memory: JSON values take up to 25 times the bytes of their text (a million empty lists), so a limit
@@ -56,13 +56,18 @@ def read_bytes(path: Path, most: int, refuse: Refusal) -> bytes:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):  # a pipe would block, a device has no end
             raise refuse(f"{path.name}, which is no regular file")
-        with path.open("rb", buffering=0) as file:
-            content = file.read(min(facts.st_size, most) + 1)
+        size = facts.st_size
+        if size <= most:
+            with path.open("rb") as file:
+                content = file.read(size + 1)  # one more: it may grow
+            size = len(content)
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate in the name
         raise refuse(f"{type(error).__name__}: {error}") from error
-    if len(content) > most:
-        size = f"{path.name} of {facts.st_size / 1e6:.1f} MB"
-        raise refuse(size, f"such a file has up to {most / 1e6:.1f} MB, and values take far more")
+    if size > most:
+        raise refuse(
+            f"{path.name} of {size / 1e6:.1f} MB",
+            f"such a file has up to {most / 1e6:.1f} MB, and its values take far more",
+        )
     return content
 
 
@@ -122,8 +127,8 @@ def conforms(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def require_fields(values: Any, kind: type[Any], refuse: Refusal, where: str) -> None:
-    """Refuse values that a dataclass of plain JSON fields could not be made of.
+def fields_of(values: Any, kind: type[Any], refuse: Refusal, where: str) -> dict[str, Any]:
+    """The values that a dataclass of plain JSON fields is made of; integers become floats there.
 
     Raises:
         MxtorqError: a field is missing, unknown, or of another type than the dataclass says.
@@ -141,6 +146,7 @@ def require_fields(values: Any, kind: type[Any], refuse: Refusal, where: str) ->
         raise refuse(f"{where} with missing or unknown fields {wrong}", "it is not complete")
     hints = get_type_hints(kind)
     require_keys(values, {name: hints[name] for name in values}, refuse, where)
+    return {name: _as_float(value, hints[name]) for name, value in values.items()}
 
 
 def require_keys(
@@ -159,6 +165,15 @@ def require_keys(
             raise refuse(
                 f"{where} with {name} = {values[name]!r:.200}", f"{name} is of type {expected}"
             )
+
+
+def _as_float(value: Any, hint: Any) -> Any:
+    """A conforming value, 2 as 2.0 where a float belongs: other writers of JSON drop the point."""
+    kinds = get_args(hint)
+    if get_origin(hint) is dict and isinstance(value, dict):
+        return {key: _as_float(each, kinds[1]) for key, each in value.items()}
+    wanted = float in (hint, *(kinds if get_origin(hint) is UnionType else ()))
+    return float(value) if wanted and isinstance(value, int) else value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

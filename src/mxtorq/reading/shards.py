@@ -27,6 +27,9 @@ from torch import Tensor
 from mxtorq.reading.documents import Refusal, parse_object, read_text
 from mxtorq.reading.headers import Entry, Stamp, read_header, stamp
 
+STEM = "model"
+"""What transformers calls its weights."""
+
 _LONGEST_INDEX = 32 * 2**20
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
@@ -102,7 +105,7 @@ class Shards:
         )
 
 
-def open_shards(folder: Path, refuse: Refusal, stem: str = "model") -> Shards:
+def open_shards(folder: Path, refuse: Refusal, stem: str = STEM) -> Shards:
     """The tensors of ``STEM.safetensors`` in a folder, or else of the files that its index names.
 
     Raises:

@@ -12,8 +12,8 @@ from mxtorq.errors import UsageError
 from mxtorq.reading.documents import (
     Refusal,
     conforms,
+    fields_of,
     parse_object,
-    require_fields,
     require_keys,
 )
 
@@ -104,8 +104,7 @@ class Results:
         rows = []
         for values in content["rows"]:
             row = {name: value for name, value in values.items() if name in known}
-            require_fields(row, Row, _refuse, "a row")
-            rows.append(Row(**row))
+            rows.append(Row(**fields_of(row, Row, _refuse, "a row")))
             _require_sense(rows[-1])
         return cls(command=content["command"], rows=tuple(rows), versions=content["versions"])
 
