@@ -23,11 +23,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mxtorq.errors import FormatError, UsageError
-from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.mxfp4 import MXFP4, check_parts
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.triton.compile import OPTIONS, bits, kernel, on_device, result
 from mxtorq.kernels.triton.elements import as_bits, bfloat16_bits
-from mxtorq.kernels.triton.mxfp4 import require_whole
 
 ROWS = 128
 """Rows of the weight a tile."""
@@ -134,8 +133,10 @@ def matmul(
         FormatError: a side is not whole, or their widths differ.
         UsageError: another dtype; ``out`` cannot take the result.
     """
-    packed, scales = require_whole(weight)
-    token_packed, token_scales = require_whole(activations)
+    for part in (weight, activations):
+        check_parts(part, torch.float32)
+    packed, scales = (part.contiguous() for part in weight)
+    token_packed, token_scales = (part.contiguous() for part in activations)
     if packed.dim() != 2 or token_packed.shape[-1] != packed.shape[-1]:
         raise FormatError(
             asked="x W^T of two MXFP4 tensors",

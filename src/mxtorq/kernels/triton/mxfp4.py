@@ -16,9 +16,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from mxtorq.errors import FormatError
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_parts
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.triton.compile import OPTIONS, bits, kernel, on_device, result
 from mxtorq.kernels.triton.elements import (
@@ -127,14 +126,8 @@ def dequantize(
         FormatError: as there.
         UsageError: ``out`` has another shape, dtype or device, or is not contiguous.
     """
-    packed, scales = require_whole(quantized)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise FormatError(
-            asked=f"MXFP4 values as {dtype}",
-            found="scales from 2^-127 to 2^127",
-            why="only float32, bfloat16 and float64 have that range",
-            todo="ask for one of them and cast afterwards",
-        )
+    check_parts(quantized, dtype)
+    packed, scales = (part.contiguous() for part in quantized)
     shape = (*packed.shape[:-1], packed.shape[-1] * 2)
     target = result(out, shape, dtype, packed.device)
     blocks = scales.numel()
@@ -144,25 +137,6 @@ def dequantize(
                 packed, scales, bits(target), blocks, STEP=_STEP, **_LAUNCH
             )
     return target
-
-
-def require_whole(quantized: MXFP4) -> tuple[Tensor, Tensor]:
-    """The two parts of an MXFP4 tensor, contiguous.
-
-    Raises:
-        FormatError: they do not belong together.
-    """
-    packed, scales = quantized
-    expected = (*scales.shape[:-1], scales.shape[-1] * BLOCK // 2) if scales.dim() else None
-    if packed.shape != expected or {packed.dtype, scales.dtype} != {torch.uint8}:
-        raise FormatError(
-            asked="the values of an MXFP4 tensor",
-            found=f"packed codes {packed.dtype} {tuple(packed.shape)} and scales {scales.dtype} "
-            f"{tuple(scales.shape)}",
-            why="each scale byte belongs to 16 bytes of codes along the last axis",
-            todo="pass the two tensors of one weight",
-        )
-    return packed.contiguous(), scales.contiguous()
 
 
 _LAUNCH = {"num_warps": _WARPS, **OPTIONS}
