@@ -19,6 +19,7 @@ from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.loading.families import family_again
 from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models.family import Family
+from mxtorq.surgery.experts import unpack_experts_
 from mxtorq.surgery.linear import MXFP4Linear, keep_weights_, linear_at
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms import KINDS
@@ -63,6 +64,7 @@ def load_checkpoint(
         model: Any = place(build_model(contents, str(path), family), device)
         model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        family = family.bound(model.config)
     except MxtorqError:
         raise
     except Exception as error:  # torch, transformers and tokenizers share no root
@@ -84,6 +86,7 @@ def build_model(contents: Contents, name: str, family: Family) -> nn.Module:
     config = AutoConfig.for_model(plain.pop("model_type"), **plain)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    unpack_experts_(model, family.bound(config))
     # Its buffers are computed, not stored, so they are made again outside of `meta`.
     rotary: Any = type(model.get_submodule(family.rotary))
     model.set_submodule(family.rotary, rotary(config=config))
@@ -92,7 +95,8 @@ def build_model(contents: Contents, name: str, family: Family) -> nn.Module:
     for entry in contents.manifest.sites:
         transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
         rule = ScaleRule(contents.manifest.scale_rules["activations"])
-        shared = SiteInput(transform, rule, len(entry.linears))
+        experts = entry.experts["count"] if entry.experts else 1
+        shared = SiteInput(transform, rule, len(entry.linears) // experts)
         for linear in entry.linears:
             codes = MXFP4(
                 _take(tensors, f"{linear}.weight_packed"), _take(tensors, f"{linear}.weight_scale")

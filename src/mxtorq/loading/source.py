@@ -28,6 +28,7 @@ from torch import nn
 from mxtorq.errors import ModelError
 from mxtorq.loading.families import choose_family, require_described
 from mxtorq.models.family import Family
+from mxtorq.surgery.experts import unpack_experts_
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -173,6 +174,8 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
             why="they would be filled with random numbers",
             todo="download the model again; every shard that its index names must be there",
         )
+    family = family.bound(model.config)
+    unpack_experts_(model, family)
     require_described(model, family)
     _require_finite(name, model)
     model.eval().requires_grad_(False)

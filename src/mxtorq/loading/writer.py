@@ -18,6 +18,7 @@ from mxtorq.export.checkpoint import fingerprints, write_files
 from mxtorq.export.compressed_tensors import quantization_config
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.source import Source
+from mxtorq.models import FAMILIES
 from mxtorq.transforms.base import Transform
 
 
@@ -32,11 +33,12 @@ def write_model(
     Raises:
         OutputError: the disk has too little room.
     """
-    linears = [n for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kept = [n for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kept += routers(source)
     rotated = any(transform.kind != "identity" for transform in transforms.values())
     config = json.loads(source.config.to_json_string())
     config["dtype"] = "bfloat16"
-    config["quantization_config"] = quantization_config(rotated=rotated, ignore=sorted(linears))
+    config["quantization_config"] = quantization_config(rotated=rotated, ignore=sorted(kept))
     parts = {
         f"{site}.{part}": tensor
         for site, transform in transforms.items()
@@ -47,6 +49,14 @@ def write_model(
     generation: Any = source.model.generation_config
     generation.save_pretrained(folder)
     return fingerprints(folder)
+
+
+def routers(source: Source) -> list[str]:
+    """The full names of what reads a quantized site's input and stays in BF16."""
+    family = source.family
+    readers = [path for site in family.sites for path in site.kept_readers]
+    layers = range(len(list(source.model.get_submodule(family.layers).children())))
+    return [family.linear_name(index, path) for index in layers for path in readers]
 
 
 def stored_tensors(source: Source) -> dict[str, Tensor]:
@@ -64,7 +74,8 @@ def verify(folder: Path, source: Source, windows: Int64[Tensor, "n seqlen"]) -> 
     Raises:
         VerificationError: one logit differs.
     """
-    written = load_checkpoint(folder, source.device, source.family)[0].model
+    own = None if source.family.name in FAMILIES else source.family
+    written = load_checkpoint(folder, source.device, own)[0].model
     ids = windows.to(source.device)
     expected = source.model(input_ids=ids, use_cache=False).logits
     found = written(input_ids=ids, use_cache=False).logits
