@@ -28,10 +28,10 @@ from mxtorq.formats import reference
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize
 from mxtorq.loading.checkpoint import build_model, load
-from mxtorq.models import FAMILIES
 from mxtorq.quantization import quantize_
 from mxtorq.surgery.linear import MXFP4Linear, fused_weight
 from mxtorq.transforms import METHODS as ALL
+from tiny_models import FAMILIES
 
 METHODS = [
     *(name for name in ALL if name not in ("duquant++", "duquant", "brq", "spinquant")),
@@ -246,6 +246,35 @@ def test_stock_transformers_runs_an_identity_checkpoint(
         theirs = stock(input_ids=ids).logits
     # The same operands, exact in bfloat16, through the same matrix product.
     assert torch.equal(ours, theirs)
+
+
+def test_stock_transformers_does_not_round_what_experts_read(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """It stacks the dequantized weights of experts and runs them as they are (5.23): their inputs
+    stay as they come, and all else is as we compute it. Routers are listed as ignored."""
+    pytest.importorskip("compressed_tensors", reason="needs compressed-tensors")
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    settings = recipe("identity", story, scale_rule=ScaleRule.EVEN)
+    pipeline.quantize(str(tiny_folders["qwen3_moe"]), out, settings, device="cpu")
+    contents = read_checkpoint(out)
+    ignored = contents.config["quantization_config"]["ignore"]
+    assert ignored == ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    ours = build_model(contents, "out", FAMILIES["qwen3_moe"])
+    ids = torch.arange(40)[None] % 256
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(out).eval()(input_ids=ids).logits
+        assert not torch.equal(ours(input_ids=ids).logits, theirs)
+        experts = [n for n, m in ours.named_modules() if isinstance(m, MXFP4Linear) if "exp" in n]
+        assert len(experts) == 2 * 4 * 3
+        for name in experts:
+            weight = dequantize(ours.get_submodule(name).weight_mxfp4, torch.bfloat16)
+            linear = torch.nn.Linear(*weight.T.shape, bias=False, dtype=torch.bfloat16)
+            linear.weight.copy_(weight)
+            ours.set_submodule(name, linear)
+        assert torch.equal(ours(input_ids=ids).logits, theirs)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from mxtorq.config import Recipe, parse_method, parse_rounding
 from mxtorq.formats import mxfp4
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale
+from mxtorq.loading.checkpoint import load
 from mxtorq.quantization import merge_diagonals_, quantize_
 from mxtorq.rounding.base import Rounding
 
@@ -25,11 +26,16 @@ class Spy(Rounding):
     """Rounds to nearest and remembers what it was given."""
 
     rounded: bool = False
+    compensating: bool = False
     seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @property
     def sees_rounded_inputs(self) -> bool:
         return self.rounded
+
+    @property
+    def compensates(self) -> bool:
+        return self.compensating
 
     def round(
         self, weight: torch.Tensor, hessian: Callable[[], torch.Tensor], scale: Scale
@@ -165,3 +171,84 @@ def test_second_moments_are_summed_only_for_someone(
     source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
     quantize_(source, pipeline.calibrate(source, recipe).ids, recipe, pipeline.silent)
     assert bool(calls) is sums
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_experts_are_rounded_with_the_hessian_of_their_own_tokens(
+    rounded: bool, tiny_folders: dict[str, Path], story: Path
+) -> None:
+    """Those that saw fewer tokens than the site is wide with that of all, and the entry says so."""
+    recipe = settings(story, "hadamard", Spy(rounded=rounded, compensating=True))
+    source = pipeline.load_model(str(tiny_folders["qwen3_moe"]), None, 0, "cpu")
+    untouched = pipeline.load_model(str(tiny_folders["qwen3_moe"]), None, 0, "cpu")
+    windows = pipeline.calibrate(source, recipe)
+    Spy.seen.clear()
+    quantized = quantize_(source, windows.ids, recipe, pipeline.silent)
+    assert len(Spy.seen) == 2 * (2 + 4 + 4)  # qkv, o, and each expert twice, a layer
+
+    family = untouched.family
+    layer = untouched.model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    inputs = first_layer_inputs(untouched.model, family, windows.ids)
+    statistics = capture_sites(layer, sites, inputs, recipe.seed)
+    rows: dict[str, list[torch.Tensor]] = {}
+    for site in family.sites[2:]:
+        for path in site.linears:
+            layer.get_submodule(path).register_forward_pre_hook(
+                lambda module, args, path=path: rows.setdefault(path, []).append(args[0])
+            )
+    for item in inputs:
+        layer(item.hidden, **item.arguments)
+    entries = {entry.site: entry for entry in quantized.sites}
+    calls = iter(Spy.seen[2:])
+    pooled = 0
+    for name, site in list(sites.items())[2:]:
+        transform = recipe.method.fit(statistics[name], recipe.seed)
+        few = 0
+        for group in site.groups:
+            weight, hessian = next(calls)
+            fused = [transform.fuse(layer.get_submodule(p).weight.double()) for p in group]
+            assert torch.equal(weight, torch.cat(fused).float())
+            own = torch.cat(rows.get(group[0], [torch.empty(0, transform.width)]))
+            few += len(own) < transform.width
+            if len(own) < transform.width:
+                own = statistics[name].sample  # all tokens of gate_up_in, and of down_in
+                assert len(own) == statistics[name].tokens
+            values = transform.apply(own)
+            values = (mxfp4.fake_quantize(values) if rounded else values).double()
+            expected = values.T @ values / len(values)
+            # As above: in float32 here, and an activation next to a cut may fall to its other side.
+            assert (hessian - expected).norm() <= (1e-2 if rounded else 1e-5) * expected.norm()
+        assert entries[name].experts == {"count": 4, "pooled": few, "unseen": 0}
+        assert len(entries[name].linears) == len(site.linears)
+        pooled += few
+    assert 0 < pooled < 8  # both happen
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptq:inputs=rounded"])
+def test_experts_without_tokens_are_rounded_all_the_same(
+    rounding: str, story: Path, tmp_path: Path
+) -> None:
+    """The router's rows v, -v, u, -u, 0, 0: two of the first four are always above the last two."""
+    model = tiny_models.build("qwen3_moe", num_local_experts=6)
+    for layer in model.model.layers:
+        rows = layer.mlp.gate.weight
+        rows[1], rows[3], rows[4:] = -rows[0], -rows[2], 0.0
+    folder = tiny_models.save(model, tmp_path / "model")
+    recipe = settings(story, "torq:levels=inter", parse_rounding(rounding))
+    manifest = pipeline.quantize(str(folder), tmp_path / "out", recipe, device="cpu")
+    for entry in manifest.sites:
+        if entry.experts is None:
+            assert "qkv_in" in entry.site or "o_in" in entry.site
+            continue
+        assert (entry.experts["count"], entry.experts["unseen"]) == (6, 2)
+        assert 2 <= entry.experts["pooled"] < 6
+        assert 0 < entry.output_error < 0.1
+    weights = load(tmp_path / "out", device="cpu").get_submodule("model.layers.0.mlp.experts.5")
+    plain = mxfp4.quantize(
+        weights.down_proj.transform.fuse(
+            model.get_submodule("model.layers.0.mlp.experts.5.down_proj").weight.double()
+        ).float()
+    )
+    same = torch.equal(plain.packed, weights.down_proj.weight_packed)
+    assert same == (rounding == "rtn")  # the moment of the other experts' tokens is at work

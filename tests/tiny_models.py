@@ -2,7 +2,8 @@
 
 Grouped-query attention, heads whose total is not the hidden size (Mistral, Qwen3), biases
 everywhere (Llama) or on q, k and v (Qwen2), norm gains that are not one, a tied head in two of
-them; `LLAMA_32` turns the tiny Llama into one with a tied head and rescaled positions.
+them, experts (Qwen3-MoE). `LLAMA_32` turns the tiny Llama into one with a tied head and rescaled
+positions.
 """
 
 from functools import partial
@@ -18,7 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
+
+from mxtorq.models import FAMILIES as UNBOUND
+from mxtorq.surgery.experts import unpack_experts_
 
 _SHARED: dict[str, Any] = {
     "vocab_size": 320,
@@ -40,12 +45,23 @@ CONFIGS = {
         **_SHARED, tie_word_embeddings=True, use_sliding_window=False, sliding_window=128
     ),
     "qwen3": Qwen3Config(**_SHARED, head_dim=32, tie_word_embeddings=True),
+    "qwen3_moe": Qwen3MoeConfig(
+        **{**_SHARED, "intermediate_size": 160},  # of plain MLPs, of which there are none
+        moe_intermediate_size=96,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        head_dim=32,
+    ),
 }
 
 HEAD_DIM = {
     name: getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for name, config in CONFIGS.items()
 }
+
+FAMILIES = {name: UNBOUND[name].bound(config) for name, config in CONFIGS.items()}
+"""The families of these models, with the numbers of their experts."""
 
 LLAMA_32: dict[str, Any] = {
     "attention_bias": False,
@@ -68,6 +84,7 @@ def build(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     config = type(CONFIGS[family])(**{**CONFIGS[family].to_dict(), **changes})
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
+    unpack_experts_(model, FAMILIES[family])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -82,13 +99,15 @@ def build(family: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
 def build_fp64(family: str, **changes: Any) -> torch.nn.Module:
     """A tiny model that computes in float64 throughout.
 
-    transformers' RMSNorm goes through float32 whatever the model's dtype is, which would hide (or
-    blow up) differences of float64 size.
+    transformers' RMSNorm and routers go through float32 whatever the model's dtype is, which would
+    hide (or blow up) differences of float64 size.
     """
     model = build(family, **changes).double()
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
+        elif type(module).__name__.endswith("TopKRouter"):
+            module.forward = partial(_route, module)  # type: ignore[method-assign]
     return model
 
 
@@ -96,6 +115,13 @@ def _rms_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return (
         module.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
     )
+
+
+def _route(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits = torch.nn.functional.linear(x, module.weight)
+    values, indices = logits.softmax(-1).topk(module.top_k, dim=-1)
+    assert module.norm_topk_prob
+    return logits, values / values.sum(-1, keepdim=True), indices
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -7,7 +7,7 @@ really have. One layer's statistics are in memory at a time.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -22,10 +22,12 @@ from mxtorq.calibration.capture import (
     first_layer_inputs,
     reader_weights,
 )
+from mxtorq.calibration.experts import ExpertInputs, capture_experts
 from mxtorq.config import Recipe
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.export.manifest import SiteEntry
-from mxtorq.formats.scales import Scale
+from mxtorq.formats.mxfp4 import MXFP4
+from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.loading.at_rest import embedded, staged_
 from mxtorq.loading.source import Source, place
@@ -60,6 +62,16 @@ class Quantized:
     """Time in which the method chose its transforms."""
     probe: Probe
     """One batch before the first and after the last layer, for whoever reads the result back."""
+
+
+class Group(NamedTuple):
+    """Linears of a site that see the same tokens."""
+
+    linears: tuple[str, ...]
+    hessian: Callable[[], Tensor]
+    """Gives the second moment of what they see, transformed."""
+    sample: Tensor
+    """Some of what they see."""
 
 
 class Stopwatch:
@@ -108,9 +120,12 @@ def quantize_(
             fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
         fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
         hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
+        routed = capture_experts(layer, sites, inputs, expert_moments(fitted, recipe))
         for name, site in sites.items():
-            error = round_site_(layer, site, fitted[name], hessians[name], statistics[name], recipe)
-            entries.append(_site_entry(family, index, site, fitted[name], error))
+            experts = routed.get(name, [])
+            groups = site_groups(site, hessians[name], statistics[name], experts)
+            error = round_site_(layer, site, fitted[name], groups, recipe)
+            entries.append(_site_entry(family, index, site, fitted[name], error, experts))
         transforms |= fitted
         advance_(layer, inputs)
         finished(index, layer)
@@ -176,7 +191,7 @@ def merge_diagonals_(
     rest, seen = dict(fitted), dict(statistics)
     quantized = {path for site in sites.values() for path in site.linears}
     for name, site in sites.items():
-        if site.source in quantized or is_norm(layer, site.source):
+        if quantized.issuperset(site.sources) or is_norm(layer, site.source):
             rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
             if factors is not None:
                 seen[name] = statistics[name].rescaled(factors)
@@ -206,32 +221,78 @@ def rounding_hessians(
     return {name: partial(statistics[name].transformed_hessian, transforms[name]) for name in sites}
 
 
+def expert_moments(
+    transforms: Mapping[str, Transform], recipe: Recipe
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is done to the inputs of experts before a rounding looks at them, if it does."""
+    if not recipe.rounding.compensates:
+        return {}
+    if recipe.rounding.sees_rounded_inputs:
+        return {n: partial(_through, each, recipe.scale_rule) for n, each in transforms.items()}
+    return {name: partial(_transformed, each) for name, each in transforms.items()}
+
+
+def site_groups(
+    site: Site,
+    hessian: Callable[[], Tensor],
+    statistics: SiteStatistics,
+    experts: list[ExpertInputs],
+) -> list[Group]:
+    """The linears of a site that are rounded together: all, or expert by expert.
+
+    An expert without a Hessian of its own takes that of the site.
+    """
+    if not experts:
+        return [Group(site.linears, hessian, statistics.sample)]
+    pooled = cache(hessian)
+    groups = []
+    for linears, expert in zip(site.groups, experts, strict=True):
+        own = pooled if expert.hessian is None else partial(_same, expert.hessian)
+        groups.append(Group(linears, own, expert.sample))
+    return groups
+
+
 def round_site_(
     layer: torch.nn.Module,
     site: Site,
     transform: Transform,
-    hessian: Callable[[], Tensor],
-    statistics: SiteStatistics,
+    groups: list[Group],
     recipe: Recipe,
 ) -> float:
-    """Fuse, round and replace the linears of a site; returns the output error on the sample.
+    """Fuse, round and replace the linears of a site; returns the output error on the samples.
 
-    The linears are rounded as one stacked matrix, as GPTQ's Hessian is one for all of them.
+    The linears of a group are rounded as one stacked matrix, as GPTQ's Hessian is one for them.
     """
     originals = {path: linear_at(layer, path) for path in site.linears}
-    fused = [fused_weight(linear, transform).float() for linear in originals.values()]
-    codes = recipe.rounding.round(torch.cat(fused), hessian, recipe.scale_rule)
-    rows = [len(weight) for weight in fused]
-    parts = zip(*(part.split(rows) for part in codes), strict=True)
-    weights = dict(zip(originals, (type(codes)(*part) for part in parts), strict=True))
+    weights: dict[str, MXFP4 | ScaledE2M1] = {}
+    for group in groups:
+        fused = [fused_weight(originals[path], transform).float() for path in group.linears]
+        codes = recipe.rounding.round(torch.cat(fused), group.hessian, recipe.scale_rule)
+        rows = [len(weight) for weight in fused]
+        parts = zip(*(part.split(rows) for part in codes), strict=True)
+        weights |= zip(group.linears, (type(codes)(*part) for part in parts), strict=True)
     quantize_site_(layer, site, transform, weights, recipe.scale_rule)
-    pairs = ((linear, layer.get_submodule(path)) for path, linear in originals.items())
-    return output_error(statistics.sample, pairs)
+    return output_error(
+        (group.sample, originals[path], layer.get_submodule(path))
+        for group in groups
+        if len(group.sample)  # an expert that no token went to has no outputs
+        for path in group.linears
+    )
 
 
 def _site_entry(
-    family: Family, index: int, site: Site, transform: Transform, error: float
+    family: Family,
+    index: int,
+    site: Site,
+    transform: Transform,
+    error: float,
+    experts: list[ExpertInputs],
 ) -> SiteEntry:
+    counts = {
+        "count": len(experts),
+        "pooled": sum(expert.tokens < transform.width for expert in experts),
+        "unseen": sum(expert.tokens == 0 for expert in experts),
+    }
     return SiteEntry(
         site=family.site_name(index, site),
         linears=[family.linear_name(index, path) for path in site.linears],
@@ -242,8 +303,17 @@ def _site_entry(
             part.numel() * part.element_size() for part in transform.tensors().values()
         ),
         output_error=error,
+        experts=counts if experts else None,
     )
 
 
 def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
-    return fake_quantize(transform.apply(values.float()), scale)
+    return fake_quantize(_transformed(transform, values), scale)
+
+
+def _transformed(transform: Transform, values: Tensor) -> Tensor:
+    return transform.apply(values.float())
+
+
+def _same(hessian: Tensor) -> Tensor:
+    return hessian

@@ -13,8 +13,8 @@ from mxtorq.calibration.capture import (
 )
 from mxtorq.calibration.statistics import SAMPLE_TOKENS, SiteAccumulator
 from mxtorq.errors import ModelError
-from mxtorq.models import FAMILIES
 from mxtorq.models.family import SiteName
+from tiny_models import FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -39,12 +39,13 @@ def test_statistics_are_the_moments_of_what_the_linears_read(name: str) -> None:
     family, model = FAMILIES[name], tiny_models.build(name).double()
     windows = tiny_models.tokens(4, 32)
     layer = model.get_submodule(f"{family.layers}.0")
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in family.sites}
     hooks = [
-        layer.get_submodule(site.linears[-1]).register_forward_pre_hook(
-            lambda module, args, key=site.name: seen.update({key: args[0].flatten(0, 1)})
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda module, args, key=site.name: seen[key].append(args[0].flatten(0, -2))
         )
         for site in family.sites
+        for path in (site.taps if site.experts else site.linears[-1:])
     ]
     model(input_ids=windows)
     for hook in hooks:
@@ -52,10 +53,10 @@ def test_statistics_are_the_moments_of_what_the_linears_read(name: str) -> None:
     sites = {family.site_name(0, site): site for site in family.sites}
     statistics = capture_sites(layer, sites, first_layer_inputs(model, family, windows), seed=0)
     for full_name, site in sites.items():
-        x = seen[site.name]
+        x = torch.cat(seen[site.name])
         found = statistics[full_name]
-        assert found.tokens == 128
-        assert torch.allclose(found.hessian, x.T @ x / 128, rtol=1e-12, atol=1e-14)
+        assert found.tokens == len(x) == 128 * site.passes
+        assert torch.allclose(found.hessian, x.T @ x / len(x), rtol=1e-12, atol=1e-14)
         assert torch.equal(found.sample, x.float())
         assert torch.equal(found.amax, x.abs().amax(0).float())
         assert found.name is site.name

@@ -75,8 +75,8 @@ def test_output_error_is_relative_and_ignores_biases() -> None:
     worse.weight.data = original.weight.data * 1.1
     worse.bias.data = original.bias.data
     x = torch.randn(50, 8)
-    assert output_error(x, [(original, original)]) <= 1e-12
-    assert math.isclose(output_error(x, [(original, worse)]), 0.01, rel_tol=1e-4)
-    both = output_error(x, [(original, original), (original, worse)])
+    assert output_error([(x, original, original)]) <= 1e-12
+    assert math.isclose(output_error([(x, original, worse)]), 0.01, rel_tol=1e-4)
+    both = output_error([(x, original, original), (x, original, worse)])
     assert math.isclose(both, 0.005, rel_tol=1e-4)
-    assert output_error(torch.zeros(3, 8), [(original, original)]) == 0.0
+    assert output_error([(torch.zeros(3, 8), original, original)]) == 0.0

@@ -1,6 +1,7 @@
 """The manifest goes to JSON and back, and unknown versions and fields are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,15 @@ def test_there_and_back() -> None:
     assert Manifest.from_json(MANIFEST.to_json(), "here") == MANIFEST
     assert MANIFEST.mean_output_error == 0.25
     assert (MANIFEST.multiply_adds_per_token, MANIFEST.extra_bytes) == (5, 7)
+
+
+def test_experts_are_there_where_there_are_any() -> None:
+    counts = {"count": 4, "pooled": 1, "unseen": 0}
+    shared = replace(MANIFEST, sites=[ENTRY, replace(ENTRY, experts=counts)])
+    assert Manifest.from_json(shared.to_json(), "here") == shared
+    plain, several = json.loads(shared.to_json())["sites"]
+    assert "experts" not in plain
+    assert several["experts"] == counts
 
 
 def changed(**fields: object) -> str:

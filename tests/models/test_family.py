@@ -11,7 +11,7 @@ from mxtorq.models.family import SiteName, find_family
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_name_exists_and_every_linear_belongs_to_one_site(name: str) -> None:
-    family = FAMILIES[name]
+    family = tiny_models.FAMILIES[name]
     model = tiny_models.build(name)
     assert type(model).__name__ == family.architecture
     for path in (family.embedding, family.rotary, family.final_norm, family.head):
@@ -23,14 +23,15 @@ def test_every_name_exists_and_every_linear_belongs_to_one_site(name: str) -> No
     assert sorted(named) == sorted(there)
     assert [site.name for site in family.sites] == list(SiteName)
     for site in family.sites:
-        layers[0].get_submodule(site.source)
+        for path in (*site.sources, *site.kept_readers, *site.taps):
+            layers[0].get_submodule(path)
         widths = {layers[0].get_submodule(path).in_features for path in site.linears}
         assert len(widths) == 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_linears_of_a_site_really_share_their_input(name: str) -> None:
-    family = FAMILIES[name]
+    family = tiny_models.FAMILIES[name]
     model = tiny_models.build(name)
     layer = model.get_submodule(f"{family.layers}.1")
     seen: dict[str, object] = {}
@@ -39,36 +40,41 @@ def test_linears_of_a_site_really_share_their_input(name: str) -> None:
             layer.get_submodule(path).register_forward_pre_hook(
                 lambda module, args, path=path: seen.update({path: args[0].clone()})
             )
-    model(input_ids=tiny_models.tokens(1, 5))
+    model(input_ids=tiny_models.tokens(8, 32))
     for site in family.sites:
-        first, *others = (seen[path] for path in site.linears)
-        assert all((first == other).all() for other in others)
+        for group in site.groups:
+            first, *others = (seen[path] for path in group)
+            assert all((first == other).all() for other in others)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_residual_stream_is_read_and_written_where_it_says(name: str) -> None:
     """What a layer adds to its input is the sum of the writers' outputs, and the input of each
     reader is its norm's output; the other sites read something else."""
-    family, seen = FAMILIES[name], {}
+    family, seen = tiny_models.FAMILIES[name], {}
     model = tiny_models.build(name)
     layer = model.get_submodule(f"{family.layers}.1")
-    hooks = {
-        path: layer.get_submodule(path) for site in family.sites for path in (site.source,)
-    } | {path: layer.get_submodule(path) for path in family.residual_writers}
+    # What experts write is weighted by the router before it is added.
+    experts = family.experts.module if family.experts else ""
+    writers = [path for path in family.residual_writers if not path.startswith(f"{experts}.")]
+    writers += [experts] if experts else []
+    assert len(writers) == 2
+    paths = [*writers, *(site.source for site in family.sites)]
+    hooks = {path: layer.get_submodule(path) for path in paths}
     for path, module in hooks.items():
         module.register_forward_hook(lambda m, args, out, path=path: seen.update({path: out}))
-    readers = {site.name: layer.get_submodule(site.linears[0]) for site in family.sites}
+    readers = {site.name: layer.get_submodule(site.taps[0]) for site in family.sites}
     for path, module in readers.items():
         module.register_forward_pre_hook(lambda m, args, path=path: seen.update({path: args[0]}))
     layer.register_forward_hook(lambda m, args, out: seen.update({"in": args[0], "out": out}))
-    model(input_ids=tiny_models.tokens(1, 5))
+    model(input_ids=tiny_models.tokens(8, 32))
     written = seen["in"]
-    for path in family.residual_writers:
-        written = written + seen[path]
+    for path in writers:
+        written = written + seen[path].view_as(written)
     assert (written == seen["out"]).all()
     for site in family.sites:
         read = seen[site.name]
-        assert site.reads_residual == (read is seen[site.source])
+        assert site.reads_residual == (read.data_ptr() == seen[site.source].data_ptr())
     assert family.site(SiteName.O_IN).linears == family.residual_writers[:1]
 
 

@@ -9,7 +9,6 @@ from torch import nn
 import tiny_models
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import fake_quantize
-from mxtorq.models import FAMILIES
 from mxtorq.models.family import SiteName
 from mxtorq.surgery import network as module
 from mxtorq.surgery.linear import linear_at
@@ -20,6 +19,7 @@ from mxtorq.transforms.quarot import full_hadamard
 from mxtorq.transforms.rotation import BlockRotation, Identity
 from mxtorq.transforms.torq.inter_block import equalize
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
+from tiny_models import FAMILIES
 
 HIDDEN = 64
 HEAD_DIM = tiny_models.HEAD_DIM

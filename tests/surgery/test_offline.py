@@ -8,7 +8,6 @@ import oracles
 import tiny_models
 from mxtorq.calibration.capture import first_layer_inputs
 from mxtorq.errors import ModelError
-from mxtorq.models import FAMILIES
 from mxtorq.models.family import SiteName
 from mxtorq.surgery.fuse import transform_site_
 from mxtorq.surgery.network import network
@@ -24,6 +23,7 @@ from mxtorq.transforms.brq import BRQ
 from mxtorq.transforms.kronecker import KroneckerRotation
 from mxtorq.transforms.quarot import QuaRot, full_hadamard
 from mxtorq.transforms.rotation import BlockRotation
+from tiny_models import FAMILIES
 
 HIDDEN = 64
 HEAD_DIM = tiny_models.HEAD_DIM

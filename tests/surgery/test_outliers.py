@@ -8,10 +8,10 @@ import torch
 import tiny_models
 from mxtorq.calibration.capture import capture_sites, first_layer_inputs
 from mxtorq.errors import ModelError, UsageError
-from mxtorq.models import FAMILIES
 from mxtorq.models.family import SiteName
 from mxtorq.surgery.outliers import add_outliers_, channel_factors, profiles
 from mxtorq.surgery.rescale import rescale_site_, source_width
+from tiny_models import FAMILIES
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 import tiny_models
 from mxtorq.errors import ModelError, UsageError
-from mxtorq.models import FAMILIES
 from mxtorq.models.family import SiteName
 from mxtorq.surgery.network import network as real_network
 from mxtorq.transforms import METHODS
@@ -18,6 +17,7 @@ from mxtorq.transforms.base import Network, NetworkShape, OfflineRotations, Tran
 from mxtorq.transforms.quarot import full_hadamard
 from mxtorq.transforms.rotation import require_orthogonal
 from mxtorq.transforms.spinquant import SpinQuant, cayley_step, nearest_orthogonal
+from tiny_models import FAMILIES
 
 HIDDEN, HEAD = 16, 8
 EPS = torch.finfo(torch.float64).eps

@@ -141,8 +141,9 @@ def _record(
     hessians: bool = True,
 ) -> dict[str, SiteAccumulator]:
     tokens = sum(item.hidden.shape[:-1].numel() for item in inputs)
+    widths = {name: reader_weights(layer, site)[0].shape[1] for name, site in sites.items()}
     accumulators = {
-        name: SiteAccumulator(name, reader_weights(layer, site)[0].shape[1], tokens, seed, hessians)
+        name: SiteAccumulator(name, widths[name], tokens * site.passes, seed, hessians)
         for name, site in sites.items()
     }
 
@@ -151,8 +152,9 @@ def _record(
         return lambda module, args: accumulators[name].add(seen(args[0]))
 
     hooks = [
-        layer.get_submodule(site.linears[0]).register_forward_pre_hook(recorder(name))
+        layer.get_submodule(path).register_forward_pre_hook(recorder(name))
         for name, site in sites.items()
+        for path in site.taps
     ]
     try:
         for item in inputs:

@@ -43,6 +43,10 @@ class SiteEntry:
     output_error: float
     """sum ||y - y_q||^2 / sum ||y||^2 over a sample of calibration tokens, W4A4 against the
     unquantized linears on the same inputs."""
+    experts: dict[str, int] | None = None
+    """Of a site that experts share: their ``count``; how many were ``pooled``, having seen fewer
+    tokens than the site is wide, so that a rounding that looks at inputs looked at those of all
+    experts; and how many of these were ``unseen``. Absent elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,9 @@ class Manifest:
 
     def to_json(self) -> str:
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self)}
+        for entry in content["sites"]:
+            if entry["experts"] is None:
+                del entry["experts"]
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod

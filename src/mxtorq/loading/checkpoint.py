@@ -66,6 +66,7 @@ def load_checkpoint(
         model: Any = place(build_model(contents, str(path), family), device)
         model.generation_config = GenerationConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        family = family.bound(model.config)
     except MxtorqError:
         raise
     except Exception as error:  # torch, transformers and tokenizers share no root
@@ -124,7 +125,8 @@ def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteE
         _require_width(linear_at(model, linear), entry.width, linear)
     transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
     rule = ScaleRule(contents.manifest.scale_rules["activations"])
-    shared = SiteInput(transform, rule, len(entry.linears))
+    experts = entry.experts["count"] if entry.experts else 1
+    shared = SiteInput(transform, rule, len(entry.linears) // experts)
     for linear in entry.linears:
         codes = MXFP4(
             *(_read(contents, f"{linear}.weight_{part}", name) for part in ("packed", "scale"))

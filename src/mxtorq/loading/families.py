@@ -78,9 +78,10 @@ def require_described(model: nn.Module, family: Family) -> None:
     linears = [family.head]
     try:
         for index in range(len(list(model.get_submodule(family.layers).children()))):
-            modules += [family.linear_name(index, site.source) for site in family.sites]
-            paths = [path for site in family.sites for path in site.linears]
-            linears += [family.linear_name(index, path) for path in paths]
+            for site in family.sites:
+                paths = (*site.sources, *site.kept_readers, *site.taps)
+                modules += [family.linear_name(index, path) for path in paths]
+                linears += [family.linear_name(index, path) for path in site.linears]
             linears += [family.linear_name(index, path) for path in family.residual_writers]
         for path in modules:
             model.get_submodule(path)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mxtorq.models.family import Family
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.shards import Shards
+from mxtorq.surgery.experts import unpack_experts_
 
 
 def empty_model(config: Mapping[str, Any], family: Family) -> nn.Module:
@@ -24,6 +25,7 @@ def empty_model(config: Mapping[str, Any], family: Family) -> nn.Module:
     described = AutoConfig.for_model(plain.pop("model_type"), **plain)
     with torch.device("meta"):
         model: nn.Module = AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16)
+    unpack_experts_(model, family.bound(described))
     rotary: Any = type(model.get_submodule(family.rotary))
     model.set_submodule(family.rotary, rotary(config=described))
     return model.eval().requires_grad_(False)

@@ -28,6 +28,7 @@ from mxtorq.models.family import Family
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.shards import STEM, Shards, indexed_files, open_shards
+from mxtorq.surgery.experts import unpack_experts_
 
 REFERENCE = "reference"
 """The name of the model that travels with the package."""
@@ -131,11 +132,13 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
         raise _unreadable(name, error) from error
     if at_rest:
         model = model_at_rest(config, family, shards, _refusal(name))
+        family = family.bound(model.config)
         require_described(model, family)
         model.get_submodule(family.rotary).to(device)
         _read_generation_config_(name, where, model)
     else:
         model = place(_whole_model(name, where, family), device)
+        family = family.bound(model.config)
     return Source(
         name=name,
         model=model,
@@ -170,6 +173,8 @@ def _whole_model(name: str, where: str, family: Family) -> nn.Module:
             why="they would be filled with random numbers",
             todo="download the model again; every shard that its index names must be there",
         )
+    family = family.bound(model.config)
+    unpack_experts_(model, family)
     require_described(model, family)
     _require_finite(name, model)
     return model.eval().requires_grad_(False)

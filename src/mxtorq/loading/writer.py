@@ -67,7 +67,9 @@ class ModelWriter:
         rotated = any(transform.kind != "identity" for transform in transforms.values())
         config = json.loads(source.config.to_json_string())
         config["dtype"] = "bfloat16"
-        described = quantization_config(rotated=rotated, ignore=sorted(self._plain))
+        described = quantization_config(
+            rotated=rotated, ignore=sorted([*self._plain, *routers(source)])
+        )
         config["quantization_config"] = described
         self._tensors.finish(WEIGHTS_FILE[described["quant_method"]])
         write_config(folder, config)
@@ -83,6 +85,14 @@ class ModelWriter:
         generation: Any = source.model.generation_config
         generation.save_pretrained(folder)
         return fingerprints(folder)
+
+
+def routers(source: Source) -> list[str]:
+    """The full names of what reads a quantized site's input and stays in BF16."""
+    family = source.family
+    readers = [path for site in family.sites for path in site.kept_readers]
+    layers = range(len(list(source.model.get_submodule(family.layers).children())))
+    return [family.linear_name(index, path) for index in layers for path in readers]
 
 
 def outside_layers(source: Source) -> list[str]:

@@ -1,7 +1,7 @@
 """Where things are in a decoder: pure data, no torch.
 
 Lives here: what a family is (`family`) and one file a family (`llama`,
-`mistral`, `qwen2`, `qwen3`).
+`mistral`, `qwen2`, `qwen3`, `qwen3_moe`).
 Does not live here: code that reads or changes a module.
 
 To add a family:
@@ -19,6 +19,9 @@ from mxtorq.models.llama import LLAMA
 from mxtorq.models.mistral import MISTRAL
 from mxtorq.models.qwen2 import QWEN2
 from mxtorq.models.qwen3 import QWEN3
+from mxtorq.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
+}
 """The families that mxtorq knows, by name."""

@@ -2,7 +2,8 @@
 
 A *site* is an input that several linears share and that is transformed and quantized once. Each
 decoder layer of the families here has four: qkv, o, gate/up and down. Embeddings, norms and the
-head are never quantized.
+head are never quantized. Where an MLP is many experts, a ``{}`` in a name stands for an expert's
+number, and `Family.bound` puts the numbers of a model there.
 
 The *residual stream* is written by the embedding and by a layer's ``residual_writers``; it is read
 by the sites with ``reads_residual``, each through the norm that is its source, and by the head
@@ -10,9 +11,10 @@ through the final norm. That is all a merged rotation of the stream has to know.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import StrEnum
+from typing import Any
 
 from mxtorq.errors import ModelError
 
@@ -38,6 +40,70 @@ class Site:
     and unscaling the columns of ``linears`` keeps the function."""
     reads_residual: bool = False
     """The input is the residual stream behind an RMSNorm, and ``source`` is that norm."""
+    kept_readers: tuple[str, ...] = ()
+    """What else reads the source's output and stays in BF16: a router."""
+    tap: str = ""
+    """The module whose first input this is for all linears together; "" where a linear's is."""
+    experts: int = 0
+    """How many experts share the site: ``linears`` has as many equal groups. 0: no experts, or not
+    known yet."""
+    passes: int = 1
+    """Inputs that a token has here: the experts that it goes to, at a site inside of them."""
+    more_sources: tuple[str, ...] = ()
+    """The other experts' ``source``: their channels are scaled alike."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything whose output channels are this input's."""
+        return (self.source, *self.more_sources)
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The linears that see the same tokens: all of them, or those of each expert."""
+        size = len(self.linears) // max(1, self.experts)
+        return tuple(self.linears[at : at + size] for at in range(0, len(self.linears), size))
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The modules whose first inputs, together, are what the site sees."""
+        return (self.tap,) if self.tap else tuple(group[0] for group in self.groups)
+
+    def bound(self, experts: int, per_token: int) -> "Site":
+        """The site with the numbers of that many experts in its names."""
+        if self.experts or not any("{}" in path for path in self.linears):
+            return self
+        numbers = range(experts)
+        sources = _numbered((self.source,), numbers)
+        return replace(
+            self,
+            linears=_numbered(self.linears, numbers),
+            source=sources[0],
+            more_sources=sources[1:],
+            experts=experts,
+            passes=1 if self.tap else per_token,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Where the experts of a layer are and how many."""
+
+    module: str
+    """What holds them; it is called with the tokens, the experts of each, and their weights."""
+    count: str
+    """The name of their number in the configuration."""
+    per_token: str
+    """Likewise of the experts that a token goes to."""
+
+
+def _numbered(paths: tuple[str, ...], numbers: range) -> tuple[str, ...]:
+    """Each expert's paths, one expert after the other; paths without a ``{}`` as they are."""
+    if not any("{}" in path for path in paths):
+        return paths
+    plain = tuple(path for path in paths if "{}" not in path)
+    return plain + tuple(
+        path.format(number) for number in numbers for path in paths if "{}" in path
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +124,23 @@ class Family:
     sites: tuple[Site, ...]
     residual_writers: tuple[str, ...]
     """The linears of a layer whose outputs are added to the residual stream."""
+    experts: Experts | None = None
+
+    def bound(self, config: Any) -> "Family":
+        """The family of one model: with the numbers of its experts, if it has any.
+
+        Args:
+            config: the model's configuration, as transformers builds it.
+        """
+        if self.experts is None:
+            return self
+        count = int(getattr(config, self.experts.count))
+        per_token = int(getattr(config, self.experts.per_token))
+        return replace(
+            self,
+            sites=tuple(site.bound(count, per_token) for site in self.sites),
+            residual_writers=_numbered(self.residual_writers, range(count)),
+        )
 
     def site(self, name: SiteName) -> Site:
         """The site called ``name``."""

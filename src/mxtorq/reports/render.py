@@ -271,6 +271,7 @@ def checkpoint_facts(manifest: Manifest, name: str) -> Table:
         f"{len(manifest.sites)} sites)",
         "online cost": f"{manifest.multiply_adds_per_token:,} multiply-adds a token; transforms of "
         f"{manifest.extra_bytes / 1e6:.3f} MB",
+        **_experts(manifest),
         "left in BF16": ", ".join(f"{k} (width {v})" for k, v in manifest.unfit.items()) or "-",
         "files": ", ".join(f"{k} {v['bytes'] / 1e6:.2f} MB" for k, v in manifest.files.items()),
         "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
@@ -279,6 +280,19 @@ def checkpoint_facts(manifest: Manifest, name: str) -> Table:
     for key, value in facts.items():
         table.add_row(f"[bold]{key}[/bold]", escape(value))
     return table
+
+
+def _experts(manifest: Manifest) -> dict[str, str]:
+    shared = [entry.experts for entry in manifest.sites if entry.experts]
+    if not shared:
+        return {}
+    total, pooled, unseen = (
+        sum(counts[key] for counts in shared) for key in ("count", "pooled", "unseen")
+    )
+    return {
+        "experts": f"{pooled:,} of {total:,} (over all sites) saw fewer tokens than their input is "
+        f"wide, {unseen:,} none: calibrated on those of all experts"
+    }
 
 
 def checkpoint_sites(manifest: Manifest) -> Table:

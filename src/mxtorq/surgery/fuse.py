@@ -37,7 +37,7 @@ def quantize_site_(
     scale: Scale,
 ) -> None:
     """Replace a site's linears by quantized ones with the codes in ``weights`` (by linear)."""
-    shared = SiteInput(transform, scale, len(site.linears))
+    shared = SiteInput(transform, scale, len(site.groups[0]))
     for path in site.linears:
         bias = linear_at(layer, path).bias
         kept = None if bias is None else bias.detach()
@@ -68,7 +68,7 @@ def require_fit(model: nn.Module, family: Family, allow_unfit: bool) -> dict[str
             sites += 1
             width = linear_at(layer, site.linears[0]).in_features
             if width % BLOCK:
-                linears = ", ".join(family.linear_name(index, path) for path in site.linears)
+                linears = ", ".join(family.linear_name(index, path) for path in site.groups[0])
                 message = message or f"{linears}: {width} input features"
                 unfit[family.site_name(index, site)] = width
     if unfit and (not allow_unfit or len(unfit) == sites):

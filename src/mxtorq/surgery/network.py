@@ -91,6 +91,9 @@ def _loss(
                 gain, merged = rms_gain(layer.get_submodule(site.source)), residual
                 key = f"{family.linear_name(index, site.source)}.weight"
                 replaced[key] = torch.ones_like(gain)
+                for path in site.kept_readers:
+                    reader: Any = layer.get_submodule(path)
+                    replaced[f"{family.linear_name(index, path)}.weight"] = reader.weight * gain
             elif site.name is SiteName.O_IN and heads:
                 merged = heads[index]
             transform = online.get(site.name)
@@ -104,9 +107,11 @@ def _loss(
                 act = partial(_transformed, merged, transform)
             else:
                 act = partial(_there_and_back, merged, gain)
-            # A norm's output is the input of all linears of its site, so it is rounded once.
-            place = site.source if site.reads_residual else site.linears[0]
-            hooks.append((layer.get_submodule(place), site.reads_residual, act))
+            # A norm's output is the input of all linears of its site, so it is rounded once, but
+            # not for a reader that stays as it is.
+            on_output = site.reads_residual and not site.kept_readers
+            for place in (site.source,) if on_output else site.taps:
+                hooks.append((layer.get_submodule(place), on_output, act))
     with _hooked(hooks):
         arguments = {"input_ids": ids, "use_cache": False}
         output = torch.func.functional_call(model, replaced, kwargs=arguments, tie_weights=False)

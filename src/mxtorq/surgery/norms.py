@@ -20,8 +20,8 @@ class StreamNorm(NamedTuple):
 
     name: str
     module: nn.Module
-    readers: tuple[nn.Linear, ...]
-    """The linears that read its output."""
+    readers: tuple[Tensor, ...]
+    """The weights [outputs, features] of what reads its output: linears first, then routers."""
 
 
 def stream_norms(model: nn.Module, family: Family) -> list[StreamNorm]:
@@ -30,21 +30,22 @@ def stream_norms(model: nn.Module, family: Family) -> list[StreamNorm]:
         StreamNorm(
             family.linear_name(index, site.source),
             layer.get_submodule(site.source),
-            tuple(linear_at(layer, path) for path in site.linears),
+            (
+                *(linear_at(layer, path).weight for path in site.linears),
+                *(_weight(layer.get_submodule(path)) for path in site.kept_readers),
+            ),
         )
         for index, layer in enumerate(model.get_submodule(family.layers).children())
         for site in family.sites
         if site.reads_residual
     ]
     final = model.get_submodule(family.final_norm)
-    return [*found, StreamNorm(family.final_norm, final, (linear_at(model, family.head),))]
+    return [*found, StreamNorm(family.final_norm, final, (linear_at(model, family.head).weight,))]
 
 
 def rms_gain(norm: nn.Module) -> Float[Tensor, " d"]:
     """The gain of an RMSNorm."""
-    gain = norm.weight
-    assert isinstance(gain, Tensor)
-    return gain
+    return _weight(norm)
 
 
 def require_rms_norm(norm: StreamNorm) -> None:
@@ -53,7 +54,7 @@ def require_rms_norm(norm: StreamNorm) -> None:
     Raises:
         ModelError: it has a bias, subtracts a mean, has a gain of 1 + w, or has no gain.
     """
-    module, width = norm.module, norm.readers[0].in_features
+    module, width = norm.module, norm.readers[0].shape[1]
     gain = getattr(module, "weight", None)
     found = f"{type(module).__name__} without a gain for each of {width} features"
     if isinstance(gain, Tensor) and tuple(gain.shape) == (width,):
@@ -70,3 +71,9 @@ def require_rms_norm(norm: StreamNorm) -> None:
         why="only x gain / rms(x), an RMSNorm without a bias, commutes with rotations",
         todo="use a method that rotates online: `hadamard` or `torq`",
     )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight

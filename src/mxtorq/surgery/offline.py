@@ -68,14 +68,13 @@ def fold_norms_(model: nn.Module, family: Family) -> None:
     Raises:
         ModelError: a norm is not x gain / rms(x).
     """
-    norms = stream_norms(model, family)
-    for norm in norms:  # all of them, before the first change
+    for norm in stream_norms(model, family):  # all of them, before the first change
         require_rms_norm(norm)
     _untie_(model, family)
-    for norm in norms:
+    for norm in stream_norms(model, family):
         gain = rms_gain(norm.module)
-        for linear in norm.readers:
-            for rows in linear.weight.split(_ROWS):
+        for weight in norm.readers:
+            for rows in weight.split(_ROWS):
                 rows.copy_(rows.double() * gain.double())
         gain.fill_(1.0)
 
@@ -108,8 +107,8 @@ def rotate_residual_(model: nn.Module, family: Family, rotation: Rotation) -> No
         )
     _rotate_rows_(embedding.weight, rotation)
     for norm in norms:
-        for linear in norm.readers:
-            _rotate_rows_(linear.weight, rotation)
+        for weight in norm.readers:
+            _rotate_rows_(weight, rotation)
     for layer in model.get_submodule(family.layers).children():
         for path in family.residual_writers:
             _rotate_outputs_(linear_at(layer, path), rotation)

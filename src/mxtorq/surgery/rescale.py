@@ -72,15 +72,20 @@ def rescale_site_(
         source.weight.copy_(_rounded(before * factors, kept))
         usable = (before != 0) & (source.weight != 0)
         factors = torch.where(usable, source.weight / before, factors)
-    else:
-        source.weight.mul_(factors[:, None])
-    if getattr(source, "bias", None) is not None:
-        source.bias.copy_(_rounded(source.bias * factors, kept))
+    for path in site.sources:
+        source = layer.get_submodule(path)
+        if not is_norm(layer, path):
+            source.weight.mul_(factors[:, None])
+        if getattr(source, "bias", None) is not None:
+            source.bias.copy_(_rounded(source.bias * factors, kept))
     columns = factors
     if repeats > 1:  # each key/value head feeds `repeats` query heads in a row
         columns = factors.view(-1, 1, head_dim).expand(-1, repeats, -1).reshape(-1)
     for path in site.linears:
         linear_at(layer, path).weight.div_(columns)
+    for path in site.kept_readers:
+        reader: Any = layer.get_submodule(path)
+        reader.weight.div_(columns)
     return factors
 
 
@@ -90,7 +95,8 @@ def merge_diagonal_(
     """Move the diagonal that a transform begins with into the site's source, where that can be.
 
     It cannot where several input channels come from one channel of the source (o_in with
-    grouped-query attention): there the factors stay online.
+    grouped-query attention), and it shall not where something reads the source that stays in BF16
+    (a router), whose columns would be rounded: there the factors stay online.
 
     Returns:
         What is left to do online, and the factors that the site's channels were multiplied with
@@ -98,7 +104,8 @@ def merge_diagonal_(
     """
     links = transform.links if isinstance(transform, Chain) else (transform,)
     first = links[0]
-    if not isinstance(first, Diagonal) or source_width(layer, site) != first.width:
+    own = source_width(layer, site) == first.width and not site.kept_readers
+    if not isinstance(first, Diagonal) or not own:
         return transform, None
     wanted = first.factors.to(next(layer.parameters()).dtype)
     # Every channel has its own source here, so that no head is repeated: one head of all channels.
