@@ -281,8 +281,8 @@ def main() -> None:
     columns = ["operation", "what", "by", "the ratio is", "ms", "ratio"]
     text = [
         heading(record),
-        f"Tensors {SHAPE} unless a row says otherwise, one thread, medians; rounding and limits by "
-        "CPU time, layers and linears by wall time. Results were compared bit for bit first, where "
+        f"Tensors {SHAPE} unless a row says otherwise, one thread, medians of CPU time. "
+        "Results were compared bit for bit first, where "
         "a bit is promised.",
         "\n".join(
             f"- {what}: {found} (aim: {aim}{'' if met else '; MISSED'})."

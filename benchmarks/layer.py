@@ -92,14 +92,16 @@ def quantized(transform: str, dtype: torch.dtype, keep: bool) -> nn.Module:
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Wall seconds of each call, A B C A B C. Callers have run each of them before."""
+    """Seconds of each call, A B C A B C: CPU time on one thread, which other programs disturb
+    least, and wall time on more. Callers have run each of them before."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds):
         for name, call in calls.items():
             print(f"turn {turn + 1} of {rounds}: {name}", file=sys.stderr)
-            started = time.perf_counter()
+            started = clock()
             call()
-            seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(clock() - started)
     return seconds
 
 
@@ -175,7 +177,7 @@ def measure_linear(rounds: int, seed: int) -> list[dict[str, Any]]:
 
 def report(rows: list[dict[str, Any]]) -> str:
     """The rows as a table."""
-    columns = ["operation", "shape", "dtype", "by", "wall ms", "time / first"]
+    columns = ["operation", "shape", "dtype", "by", "ms", "time / first"]
     lines = [
         [
             *(row[name] for name in ("operation", "shape", "dtype", "by")),
@@ -208,7 +210,7 @@ def main() -> None:
     options = {name: getattr(args, name) for name in ("dtype", "tokens", "threads", "rounds")}
     schema = {"schema": "mxtorq.benchmarks.layer", "version": 1}
     record = {**schema, **provenance(PACKAGES), **options, "rows": rows}
-    text = f"{args.threads} thread(s), medians of {args.rounds} turns by wall time."
+    text = f"{args.threads} thread(s), medians of {args.rounds} turns."
     write(args, record, "\n\n".join([heading(record), text, report(rows)]))
 
 
