@@ -80,8 +80,16 @@ def test_a_user_s_own_method(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_method("my.methods:Yours")
     with pytest.raises(UsageError, match="cannot be imported"):
         parse_method("no.such.module:Mine")
-    with pytest.raises(UsageError, match="TransformMethod"):
-        parse_method("collections.abc:Mapping")
+    for wrong in (
+        "collections.abc:Mapping",
+        "mxtorq.transforms.base:TransformMethod",
+        "os.path:sep",
+    ):
+        with pytest.raises(UsageError, match="TransformMethod"):
+            parse_method(wrong)
+    for wrong in (".relative:Mine", "mxtorq.:Mine", "a..b:Mine", "a.b\0:Mine"):
+        with pytest.raises(UsageError, match="cannot be imported"):
+            parse_method(wrong)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +188,12 @@ def test_toml_goes_there_and_back(tmp_path: Path) -> None:
         ('[method]\nname = "torq"\nrounds = 2.5', "expected: int"),
         ('[method]\nname = "torq"\nrounds = true', "expected: int"),
         ("method = ", "TOMLDecodeError"),
+        ('method = "torq"\nevaluation = 5', "is a table"),
+        ("method = " + "[" * 9000, "RecursionError"),
+        ("seed = " + "9" * 5000, "4300 digits"),
+        ("#" * 2**17, "values take far more"),
+        ('method = "torq"\nseed = -1', "number outside"),
+        ('method = "torq"\nseed = 9223372036854775808', "number outside"),
     ],
 )
 def test_wrong_files_teach(text: str, message: str, tmp_path: Path) -> None:
@@ -189,6 +203,11 @@ def test_wrong_files_teach(text: str, message: str, tmp_path: Path) -> None:
         recipe_from(read_settings(path)[0])
     with pytest.raises(UsageError, match="recipes/"):
         read_settings(tmp_path / "none.toml")
+
+
+def test_a_number_that_is_no_float_teaches() -> None:
+    with pytest.raises(UsageError, match="expected: float"):
+        recipe_from({"method": {"name": "torq", "complementarity": 10**400}})
 
 
 def test_unknown_keys_of_a_plan_teach() -> None:

@@ -51,6 +51,13 @@ def test_plain_text_is_one_document_and_jsonl_has_one_a_line(tmp_path: Path) -> 
     assert load_text(str(lines), "evaluation").documents == ("one", "two")
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    """Unicode has other line ends, which may stand in a JSON string as they are."""
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}', encoding="utf-8", newline="")
+    assert load_text(str(path), "calibration").documents == ("a\u2028b\x85c", "d")
+
+
 def test_evaluation_takes_the_first_windows() -> None:
     source = text("x" * 99)
     windows = evaluation_windows(source, TOKENIZER, seqlen=10, tokens=35)
@@ -92,6 +99,9 @@ def test_the_record_names_source_seed_and_hashes() -> None:
         ('{"text": "fine"}\n{"txt": 1}', "a.jsonl", "line 2"),
         ('{"text": "fine"}\n{"text": 1}', "a.jsonl", "line 2"),
         ("not json", "a.jsonl", "line 1"),
+        ("[" * 100_000, "a.jsonl", "RecursionError"),
+        (r'{"text": "half a pair: \ud83d"}', "a.jsonl", "surrogates"),
+        ('{"text": "a", "text": "b"}', "a.jsonl", "stands there twice"),
     ],
 )
 def test_empty_and_malformed_files(tmp_path: Path, content: str, name: str, message: str) -> None:
@@ -106,8 +116,9 @@ def test_missing_files_and_other_encodings(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Zürich".encode("latin-1"))
     with pytest.raises(TextError, match="UnicodeDecodeError"):
         load_text(str(tmp_path / "latin.txt"), "calibration")
-    with pytest.raises(TextError):
-        load_text(str(tmp_path), "calibration")
+    for name in (str(tmp_path), "a\0b", "\ud800", "n" * 5000):
+        with pytest.raises(TextError):
+            load_text(name, "calibration")
 
 
 @pytest.mark.parametrize(("seqlen", "tokens"), [(200, 200), (10, 110), (50, 20)])

@@ -1,7 +1,7 @@
 """The manifest goes to JSON and back, and unknown versions and fields are refused."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -38,6 +38,11 @@ def test_there_and_back() -> None:
     assert (MANIFEST.multiply_adds_per_token, MANIFEST.extra_bytes) == (5, 7)
 
 
+def test_an_error_without_its_point_is_a_float() -> None:
+    again = Manifest.from_json(changed(sites=[{**asdict(ENTRY), "output_error": 1}]), "here")
+    assert type(again.sites[0].output_error) is float
+
+
 def test_experts_are_there_where_there_are_any() -> None:
     counts = {"count": 4, "pooled": 1, "unseen": 0}
     shared = replace(MANIFEST, sites=[ENTRY, replace(ENTRY, experts=counts)])
@@ -68,6 +73,23 @@ def without(name: str) -> str:
         (without("seed"), "seed"),
         (changed(sites=[{"site": "x"}]), "site entry"),
         (changed(sites=5), "damaged"),
+        (changed(sites=[5]), "a site entry of type int"),
+        (changed(seed="3"), "seed is of type int"),
+        (changed(files=[]), "files is of type dict"),
+        (changed(files={"a": {"bytes": 1}}), "a without sha256"),
+        (changed(files={"a": {"bytes": "1", "sha256": "0"}}), "bytes is of type int"),
+        (changed(scale_rules={"weights": "floor"}), "scale_rules without activations"),
+        (changed(sites=[{**asdict(ENTRY), "output_error": -1.0}]), "negative output_error"),
+        (
+            changed(sites=[{**asdict(ENTRY), "experts": {"count": 4, "pooled": 1}}]),
+            "without unseen",
+        ),
+        (
+            changed(sites=[{**asdict(ENTRY), "experts": {"count": 0, "pooled": 0, "unseen": 0}}]),
+            "with 0 experts",
+        ),
+        ("[" * 100_000, "RecursionError"),
+        ('{"schema": "mxtorq.manifest", "schema": "mxtorq.manifest"}', "stands there twice"),
     ],
 )
 def test_what_it_does_not_know_is_refused(text: str, message: str) -> None:

@@ -276,6 +276,13 @@ def test_sizes_are_checked_before_anything_is_built(folder: Path) -> None:
         (folder / "config.json").write_text(honest)
 
 
+@pytest.mark.parametrize("at_rest", [False, True])
+def test_values_that_transformers_stumbles_over(folder: Path, at_rest: bool) -> None:
+    edit_config(folder, rope_parameters={"rope_type": "default", "rope_theta": []})
+    with pytest.raises(ModelError):
+        load_source(str(folder), CPU, at_rest=at_rest)
+
+
 def shard(folder: Path) -> dict[str, str]:
     """Split the weights of a folder into two files and an index; returns its table."""
     tensors = load_file(folder / "model.safetensors")

@@ -51,6 +51,8 @@ def test_a_usual_one(tmp_path: Path) -> None:
         ({"architectures": "x"}, "architectures is of type"),
         ({"layer_types": [["x"]]}, "layer_types is of type"),
         ({"quantization_config": "gptq"}, "quantization_config is of type"),
+        ({"num_hidden_layers": 10**9}, "as many layers"),
+        ({"text_config": {"num_hidden_layers": 10**400}}, "as many layers"),
     ],
 )
 def test_odd_ones_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -71,6 +71,48 @@ def test_other_records_are_refused(text: str) -> None:
         Results.from_json(text)
 
 
+def edited(**changes: object) -> str:
+    """The record with other values in its second row."""
+    content = json.loads(RESULTS.to_json())
+    content["rows"][1].update(changes)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"perplexity": "2.5"}, "perplexity is of type float"),
+        ({"perplexity": 0.5}, "perplexity 0.5"),
+        ({"site_error": -0.1}, "site errors from -0.1"),
+        ({"site_errors": {"a": -1.0}}, "site errors from -1"),
+        ({"provenance": {"evaluation": 5}}, "evaluation = 5"),
+        ({"provenance": {"evaluation": {"source": "t"}}}, "evaluation without tokens"),
+        ({"options": []}, "options is of type dict"),
+        ({"seed": 2**63}, "seed is of type"),
+    ],
+)
+def test_values_of_a_record_have_their_types(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Results.from_json(edited(**changes))
+
+
+def test_a_record_may_have_further_fields_and_no_points() -> None:
+    read = Results.from_json(edited(perplexity=3, later=True))
+    assert (type(read.rows[1].perplexity), read.rows[1].perplexity) == (float, 3.0)
+
+
+def test_perplexities_that_overflow_and_names_with_brackets_are_shown() -> None:
+    rows = [row("[/b] [red", value, seed=at) for at, value in enumerate((math.inf, math.inf))]
+    few = row("a", 3.0, seed=1, site_errors={"x.qkv_in": 0.1})
+    more = row("a", 3.0, seed=2, site_errors={"x.down_in": 0.1})
+    results = Results(rows=(row("bf16", 2.0), *rows, few, more), versions={})
+    console = Console(file=io.StringIO(), width=300)
+    console.print(terminal(results, "title"))
+    assert "[/b] [red (2 seeds)" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert cells(results)[1][4:6] == ["inf", "+inf ± nan %"]
+    assert "x.qkv_in (10.00 dB)" in markdown(results)
+
+
 def test_ratios_are_to_the_baseline_with_the_same_outliers() -> None:
     table = cells(RESULTS)
     assert table[0][5] == "-"

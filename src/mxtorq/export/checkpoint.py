@@ -40,14 +40,19 @@ TRANSFORMS = "mxtorq-transforms.safetensors"
 SINGLE_FILE = 2**30
 """Bytes of tensors up to which a checkpoint is one file."""
 
-_READ_BY_LIBRARIES = frozenset(
+_WOULD_BE_READ = frozenset(
     (
         *("adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
         *("generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
         *("tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
+        *(
+            CONFIG,
+            *WEIGHTS_FILE.values(),
+            *(f"{file}.index.json" for file in WEIGHTS_FILE.values()),
+        ),
     )
 )
-"""What transformers would take from the folder, listed in the manifest or not."""
+"""What transformers or we would take from the folder, listed in the manifest or not."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -235,9 +240,8 @@ def read_manifest(folder: Path) -> Manifest:
                 why="the file is missing, truncated, changed, or outside of the folder",
                 todo="copy the checkpoint again, or quantize again",
             )
-    named = _READ_BY_LIBRARIES | {CONFIG}
-    strange = sorted(each.name for each in folder.iterdir() if each.name in named)
-    strange = [name for name in strange if name not in manifest.files]
+    present = sorted(path.name for path in folder.iterdir())
+    strange = [n for n in present if n in _WOULD_BE_READ and n not in manifest.files]
     if strange:
         raise CheckpointError(
             asked=f"the checkpoint {folder}",

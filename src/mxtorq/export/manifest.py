@@ -25,6 +25,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 }
 """What readers take out of the tables of a manifest."""
 _FILE = {"sha256": str, "bytes": int}
+_COUNTS = {"count": int, "pooled": int, "unseen": int}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +118,13 @@ class Manifest:
             require_keys(content[part], keys, refuse, part)
         for name, facts in content["files"].items():
             require_keys(facts, _FILE, refuse, name)
-        if any(entry.output_error < 0 for entry in content["sites"]):
-            raise refuse("a negative output_error")
+        for entry in content["sites"]:
+            if entry.output_error < 0:
+                raise refuse(f"{entry.site} with a negative output_error")
+            if entry.experts is not None:
+                require_keys(entry.experts, _COUNTS, refuse, entry.site)
+                if entry.experts["count"] < 1:
+                    raise refuse(f"{entry.site} with {entry.experts['count']} experts")
         return cls(**content)
 
 

@@ -131,7 +131,12 @@ def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Famil
     except Exception as error:  # transformers, hub and safetensors share no root
         raise _unreadable(name, error) from error
     if at_rest:
-        model = model_at_rest(config, family, shards, _refusal(name))
+        try:
+            model = model_at_rest(config, family, shards, _refusal(name))
+        except MxtorqError:
+            raise
+        except Exception as error:  # as above
+            raise _unreadable(name, error) from error
         family = family.bound(model.config)
         require_described(model, family)
         model.get_submodule(family.rotary).to(device)

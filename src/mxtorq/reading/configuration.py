@@ -32,6 +32,8 @@ _HINTS: dict[str, Any] = {
 }
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 _LONGEST_NAME = 100
+_MOST_LAYERS = 10_000
+"""transformers makes a list of as many names when it reads the number, before any weights are."""
 
 
 def read_configuration(path: Path, refuse: Refusal) -> dict[str, Any]:
@@ -49,6 +51,9 @@ def read_configuration(path: Path, refuse: Refusal) -> dict[str, Any]:
             "model_type says which architecture the weights are for",
         )
     for part in (config, config.get("text_config")):
+        layers = part.get("num_hidden_layers") if isinstance(part, dict) else None
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise refuse(f"num_hidden_layers = {layers!r:.50}", "no model has as many layers")
         for key, value in part.items() if isinstance(part, dict) else ():
             if key in _HINTS and not conforms(value, _HINTS[key]):
                 raise refuse(f"{key} = {value!r:.200}", f"{key} is of type {_HINTS[key]}")

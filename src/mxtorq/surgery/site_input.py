@@ -48,6 +48,8 @@ class SiteInput:
 
     def to_(self, device: torch.device) -> None:
         """Move the transform. It stays in float64: a cast of the module must not round it."""
+        if all(part.device == device for part in self.transform.tensors().values()):
+            return  # the first of the linears that share this has moved it
         self._set(self.transform.to(device))
 
     def __call__(self, inputs: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:

@@ -76,4 +76,4 @@ def multiply(
     over_rows(lambda start, stop: _multiply(*arrays, start, stop), len(weight.packed), _LEAST_ROWS)
     if bias is not None:
         out += bias
-    return out.view(*rows, -1)
+    return out.view(*rows, len(weight.packed))
