@@ -162,7 +162,7 @@ def test_widths_that_blocks_do_not_fill_are_refused(site: SiteStatistics) -> Non
     narrow = replace(
         site,
         sample=site.sample[:, :160],
-        hessian=site.hessian[:160, :160],
+        second_moment=site.hessian[:160, :160],
         amax=site.amax[:160],
         weights=tuple(weight[:, :160] for weight in site.weights),
     )
