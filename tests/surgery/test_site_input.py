@@ -86,6 +86,15 @@ def test_chunks_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     assert torch.equal(found, expected)
 
 
+def test_other_dtypes_go_through_float32() -> None:
+    site = SiteInput(BlockRotation(96, sylvester(32)), ScaleRule.FLOOR)
+    for dtype in (torch.float16, torch.float64):
+        x = drawn(5, 96).to(dtype)
+        found = site(x)
+        assert found.dtype == dtype
+        assert torch.equal(found, site(x.float()).to(dtype))
+
+
 def test_scales_of_the_whole_tensor_see_the_whole_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     x = drawn(50, 96) * torch.arange(50)[:, None]
     monkeypatch.setattr(mxfp4, "CHUNK_BLOCKS", 12)

@@ -68,6 +68,8 @@ class SiteInput:
         return rounded
 
     def _round(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype not in (torch.float32, torch.bfloat16):
+            return self._round(inputs.float()).to(inputs.dtype)
         if not isinstance(self.scale, ScaleRule):  # its grid may depend on all tokens together
             values = self.transform.apply(inputs.float())
             return fake_quantize(values, self.scale).to(inputs.dtype)
