@@ -196,7 +196,7 @@ def _write(path: Path, text: str) -> None:
 def report_written(path: Path, manifest: Manifest) -> None:
     """Say what was written and that it was read back."""
     OUT.print(checkpoint_facts(manifest, str(path)))
-    OUT.print("Read back from disk: logits equal to the model in memory, bit for bit.")
+    OUT.print("Read back from disk: it computes what the model in memory computes, bit for bit.")
 
 
 def report_contents(path: Path, manifest: Manifest) -> None:
