@@ -51,3 +51,14 @@ def test_float64_values_are_eager() -> None:
     """Where float32 would overflow: 6 x 2^127."""
     largest = MXFP4(torch.full((16,), 0x77, dtype=torch.uint8), torch.tensor([254]).byte())
     assert dispatch.dequantize(largest, torch.float64).tolist() == [6 * 2.0**127] * 32
+
+
+def test_what_a_named_backend_has_no_kernel_for_is_refused() -> None:
+    pytest.importorskip("numba", reason="the extra numba is not installed")
+    codes = dispatch.quantize(torch.ones(1, 32))
+    with pytest.raises(UsageError, match="not replaced by another"):
+        dispatch.dequantize(codes, torch.float64, backend="numba")
+    values, matrix = torch.ones(1, 32).double(), torch.eye(32)[None]
+    with pytest.raises(UsageError, match="not replaced by another"):
+        dispatch.rotate(values, matrix, backend="numba")
+    assert torch.equal(dispatch.rotate(values, matrix), values)

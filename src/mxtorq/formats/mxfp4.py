@@ -114,15 +114,16 @@ def fake_quantize(
     return result
 
 
-def chunks(blocks: Tensor) -> Iterator[slice]:
-    """The first axis in steps whose scratch fits the caches (`CHUNK_BLOCKS`)."""
-    step = chunk_blocks(blocks.device)
-    return (slice(start, start + step) for start in range(0, len(blocks), step))
+def chunks(rows: Tensor, blocks: int = 1) -> Iterator[slice]:
+    """The first axis in steps whose scratch fits the caches (`CHUNK_BLOCKS`).
 
-
-def chunk_blocks(device: torch.device) -> int:
-    """Blocks that one step works on."""
-    return CHUNK_BLOCKS if device.type == "cpu" else 128 * CHUNK_BLOCKS
+    Args:
+        rows: what is gone through.
+        blocks: of 32 that each row holds.
+    """
+    most = CHUNK_BLOCKS if rows.device.type == "cpu" else 128 * CHUNK_BLOCKS
+    step = max(1, most // blocks)
+    return (slice(start, start + step) for start in range(0, len(rows), step))
 
 
 def _scaled(

@@ -4,10 +4,12 @@
     numba     CPUs; `pip install 'mxtorq[numba]'`
     triton    NVIDIA and AMD GPUs; `pip install 'mxtorq[triton]'`
 
-All give the same bits, so the choice is not part of a recipe. A backend that was named and cannot
-serve is an error, never replaced by another.
+All give the same bits, but for the sums of rotations, which each backend rounds in its own order.
+So the choice is not part of a recipe. A backend that was named and cannot serve is an error, never
+replaced by another.
 """
 
+from collections.abc import Container
 from enum import StrEnum
 from functools import cache
 from importlib import import_module
@@ -84,6 +86,26 @@ def pick(backend: Backend | str, device: torch.device) -> Backend:
     return asked
 
 
+def pick_able(backend: Backend | str, device: torch.device, able: Container[Backend]) -> Backend:
+    """As `pick`, for work that not every backend can do: ``auto`` then stays with EAGER.
+
+    Raises:
+        UsageError: as `pick`, and where the backend that was named is none of ``able``.
+    """
+    chosen = pick(backend, device)
+    if chosen is Backend.EAGER or chosen in able:
+        return chosen
+    if backend != Backend.AUTO:
+        raise UsageError(
+            asked=f"the backend {chosen} for a dtype, a number of matrices or an order that it has "
+            "no kernel for",
+            found="a kernel for other cases of the same function",
+            why="a backend that was named is not replaced by another",
+            todo="use backend='auto', which computes this in eager torch",
+        )
+    return Backend.EAGER
+
+
 def quantize(
     values: Float[Tensor, "*rows d"],
     scale: Scale = ScaleRule.FLOOR,
@@ -136,7 +158,8 @@ def dequantize(
     """
     if isinstance(quantized, ScaledE2M1):
         return scales.dequantize(quantized)
-    chosen: Backend | str = Backend.EAGER if dtype == torch.float64 else backend
+    able = () if dtype == torch.float64 else (Backend.NUMBA, Backend.TRITON)
+    chosen = pick_able(backend, quantized.packed.device, able)
     result: Tensor = _format(chosen, quantized.packed).dequantize(quantized, dtype, out)
     return result
 
@@ -160,8 +183,9 @@ def rotate(
         FormatError: 32 does not divide d, or ``out`` does not fit.
         UsageError: as `pick`.
     """
-    chosen = pick(backend, values.device)
-    if chosen is Backend.NUMBA and values.dtype == torch.float32 and not _wants_gradient(values):
+    plain = values.dtype == torch.float32 and not _wants_gradient(values)
+    chosen = pick_able(backend, values.device, (Backend.NUMBA,) if plain else ())
+    if chosen is Backend.NUMBA:
         from mxtorq.kernels.numba.rotate import rotate as fast
 
         return fast(values, matrices.float(), out)
@@ -182,12 +206,12 @@ def rotate_fake_quantize(
         FormatError: as `rotate` and `fake_quantize`.
         UsageError: as `pick`.
     """
-    chosen = pick(backend, values.device)
+    chosen = pick_able(backend, values.device, _rotating(matrices))
     if chosen is Backend.NUMBA:
         from mxtorq.kernels.numba.rotate import rotate_fake_quantize as fast
 
         return fast(values, matrices.float(), scale, out)
-    if _one_matrix(chosen, backend, matrices):
+    if chosen is Backend.TRITON:
         from mxtorq.kernels.triton import rotate as triton
 
         result = check_out(out, values.shape, values.dtype, values.device)
@@ -208,34 +232,21 @@ def rotate_quantize(
         FormatError: as `rotate` and `quantize`.
         UsageError: as `pick`.
     """
-    chosen = pick(backend, values.device)
+    chosen = pick_able(backend, values.device, _rotating(matrices))
     if chosen is Backend.NUMBA:
         from mxtorq.kernels.numba.rotate import rotate_quantize as fast
 
         return fast(values, matrices.float(), scale)
-    if _one_matrix(chosen, backend, matrices):
+    if chosen is Backend.TRITON:
         from mxtorq.kernels.triton import rotate as triton
 
         return triton.rotate_quantize(values, matrices[0], scale)
     return eager.rotate_quantize(values, matrices, scale)
 
 
-def _one_matrix(chosen: Backend, asked: Backend | str, matrices: Tensor) -> bool:
-    """Whether Triton's kernel serves: it knows one matrix for all blocks.
-
-    Raises:
-        UsageError: Triton was asked for by name with more of them.
-    """
-    if chosen is not Backend.TRITON or len(matrices) == 1:
-        return chosen is Backend.TRITON
-    if asked != Backend.AUTO:
-        raise UsageError(
-            asked=f"the backend {asked} for {len(matrices)} matrices",
-            found="a kernel for one matrix that all blocks share",
-            why="a matrix a block has no kernel there yet",
-            todo="use backend='auto', which computes this in eager torch",
-        )
-    return False
+def _rotating(matrices: Tensor) -> tuple[Backend, ...]:
+    """Who rotates and rounds in one kernel; Triton's knows one matrix for all blocks."""
+    return (Backend.NUMBA, Backend.TRITON) if len(matrices) == 1 else (Backend.NUMBA,)
 
 
 def multiplies_packed(activations: Float[Tensor, "*tokens d"]) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mxtorq.formats import mxfp4
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out
+from mxtorq.formats.mxfp4 import MXFP4, as_blocks, check_out, chunks
 from mxtorq.formats.spec import BLOCK
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -26,7 +26,7 @@ def rotate(
         return _rotated(values.reshape(-1, len(matrices), BLOCK), matrices).view(values.shape)
     result = check_out(out, values.shape, values.dtype, values.device)
     tokens, target = (t.reshape(-1, len(matrices), BLOCK) for t in (values, result))
-    for here in _token_chunks(tokens):
+    for here in chunks(tokens, len(matrices)):
         target[here] = _rotated(tokens[here], matrices)
     return result
 
@@ -42,7 +42,7 @@ def rotate_fake_quantize(
     result = check_out(out, values.shape, values.dtype, values.device)
     tokens, target = (t.reshape(-1, len(matrices), BLOCK) for t in (values, result))
     matrices = matrices.float()
-    for here in _token_chunks(tokens):
+    for here in chunks(tokens, len(matrices)):
         rotated = _rotated(tokens[here].float(), matrices)
         target[here] = mxfp4.fake_quantize(rotated, rule, rotated)
     return result
@@ -60,17 +60,12 @@ def rotate_quantize(
     wide = len(matrices)
     tokens, matrices = blocks.view(-1, wide, BLOCK), matrices.float()
     parts = packed.view(-1, wide, BLOCK // 2), scales.view(-1, wide, 1)
-    for here in _token_chunks(tokens):
+    for here in chunks(tokens, len(matrices)):
         codes = mxfp4.quantize(_rotated(tokens[here].float(), matrices), rule)
         for part, found in zip(parts, codes, strict=True):
             part[here] = found
     *rows, width = values.shape
     return MXFP4(packed.view(*rows, width // 2), scales.view(*rows, width // BLOCK))
-
-
-def _token_chunks(tokens: Float[Tensor, "n wide 32"]) -> list[slice]:
-    step = max(1, mxfp4.chunk_blocks(tokens.device) // tokens.shape[1])
-    return [slice(start, start + step) for start in range(0, len(tokens), step)]
 
 
 def _rotated(

@@ -18,7 +18,7 @@ from mxtorq.formats import e2m1
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import block_scales
 from mxtorq.formats.spec import BLOCK
-from mxtorq.kernels.dispatch import Backend, pick
+from mxtorq.kernels.dispatch import Backend, pick_able
 
 
 def fix_group_(
@@ -38,15 +38,16 @@ def fix_group_(
         groups: the row of ``scales`` that each column has.
         rule: chooses the scale from the columns as they come, which then are one group's; None
             takes the scales that are there.
-        backend: who computes. Columns of several groups, which a descending order brings together,
-            are eager on a GPU.
+        backend: who computes. Triton has no kernel for columns of several groups, which a
+            descending order brings together.
     """
-    chosen = pick(backend, columns.device)
+    able = (Backend.NUMBA, Backend.TRITON) if len(set(groups)) == 1 else (Backend.NUMBA,)
+    chosen = pick_able(backend, columns.device, able)
     if chosen is Backend.NUMBA:
         from mxtorq.kernels.numba import gptq
 
         return gptq.fix_group_(columns, follow, scales, groups, rule)
-    if chosen is Backend.TRITON and len(set(groups)) == 1:
+    if chosen is Backend.TRITON:
         from mxtorq.kernels.triton.gptq import round_group_
 
         scale = scales[groups[0]]

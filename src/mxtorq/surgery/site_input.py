@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.formats.mxfp4 import chunk_blocks, fresh
+from mxtorq.formats.mxfp4 import chunks, fresh
 from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import Backend, fake_quantize, pick, rotate_fake_quantize
@@ -82,7 +82,7 @@ class SiteInput:
         if self._rest is None:
             self._round_blocks(tokens, out)
         else:
-            for here in _token_chunks(tokens):
+            for here in chunks(tokens, tokens.shape[1] // BLOCK):
                 part = self._rest.apply(tokens[here].float())
                 if out.dtype == torch.float32:
                     self._round_blocks(part, out[here])
@@ -110,8 +110,3 @@ class SiteInput:
         if self._matrices is None:
             return fake_quantize(values, self.scale, out=out)
         return rotate_fake_quantize(values, self._matrices, self.scale, out=out)
-
-
-def _token_chunks(tokens: Float[Tensor, "n d"]) -> list[slice]:
-    step = max(1, chunk_blocks(tokens.device) * BLOCK // tokens.shape[1])
-    return [slice(start, start + step) for start in range(0, len(tokens), step)]
