@@ -28,6 +28,7 @@ LEVELS = {
     "reports.schema": 2,
     "reports": 2,
     "specs": 1,
+    "writing": 2,
     "kernels": 2,
     "transforms": 3,
     "calibration": 4,

@@ -11,30 +11,41 @@ Each step is a function from values to values; the order below is the order in w
 to a model. Progress is a callback. Randomness comes from the recipe's seed alone.
 """
 
+import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
+from torch import nn
 
+from mxtorq.calibration.activations import StoredInput, stored_inputs
 from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
 from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.evaluation.perplexity import perplexity
-from mxtorq.export.checkpoint import (
-    is_checkpoint,
-    output_folder,
-    require_absent,
-    write_manifest,
-)
-from mxtorq.export.manifest import Manifest
+from mxtorq.export.checkpoint import is_checkpoint, write_manifest
+from mxtorq.export.manifest import Manifest, SiteEntry
+from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.loading.checkpoint import load_checkpoint
+from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, load_source, pick_device
-from mxtorq.loading.writer import ModelWriter, verify
+from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint
 from mxtorq.models.family import Family
-from mxtorq.quantization import Progress, Quantized, quantize_
+from mxtorq.quantization import (
+    Progress,
+    QuantizedLayer,
+    choose_rotations,
+    first_inputs,
+    merge_rotations_,
+    quantize_layers_,
+)
 from mxtorq.reports.schema import Results, Row
+from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
 from mxtorq.surgery.outliers import add_outliers_
 
@@ -52,37 +63,57 @@ def quantize(
     *,
     device: str = "auto",
     family: Family | None = None,
+    activation_memory: int | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Quantize a model into a new folder, and prove that the folder holds what was computed.
 
+    A run that ended early goes on after the last layer that it finished when it is asked for the
+    same again, and ends in the same bytes.
+
     Args:
         model: a folder, a hub id, or ``reference``.
         out: a folder that does not exist; it appears only when everything has succeeded.
+        recipe: how.
+        device: where it computes.
         family: one of your own (see `mxtorq.models`); the model's ``model_type`` decides otherwise.
+        activation_memory: bytes up to which the calibration activations stay in memory; more than
+            that is read from disk when it is needed. A quarter of the free memory unless given.
+        progress: told how far it is.
 
     Raises:
-        MxtorqError: with what to do; nothing is left behind.
+        MxtorqError: with what to do.
     """
-    require_absent(out)
+    require_free(out)
     require_ocp(recipe)
     progress("load", 0, 2)
     # What changes the model as a whole needs it whole; all else takes it layer by layer from disk.
     whole = recipe.outliers is not None or recipe.method.rotates
     source = load_model(model, recipe.outliers, recipe.seed, device, family, at_rest=not whole)
     recipe.method.check(network_shape(source.model, source.family))
+    unfit = require_fit(source.model, source.family, recipe.allow_unfit)
     progress("load", 1, 2)
     windows = calibrate(source, recipe)
     progress("load", 2, 2)
-    with output_folder(out) as folder:
-        writer = ModelWriter(folder, source)
-        quantized = quantize_(source, windows.ids, recipe, progress, writer.add_layer)
+    if activation_memory is None:
+        activation_memory = psutil.virtual_memory().available // 4
+    with unfinished(out, request(source, recipe, windows)) as run:
+        rotate_(source, windows, recipe, unfit, progress, run)
+        first = first_inputs(source, windows.ids)
+        inputs = stored_inputs(
+            first, run.activations, run.finished, windows.ids.numel(), activation_memory
+        )
+        layers = quantize_layers_(source, inputs, recipe, unfit, progress, run.finished)
+        for index, layer, done in layers:
+            keep_layer_(run, source, index, layer, done, inputs)
         progress("write", 0, 2)
-        files = writer.finish(quantized.transforms)
-        manifest = describe(source, quantized, recipe, windows, files)
-        write_manifest(folder, manifest)
-        progress("write", 1, 2)
-        verify(folder, source, *quantized.probe)
+        with run.checkpoint() as folder:
+            files = write_checkpoint(folder, source, run)
+            sites = [entry for record in run.layers for entry in record.sites]
+            manifest = describe(source, recipe, windows, sites, unfit, files)
+            write_manifest(folder, manifest)
+            progress("write", 1, 2)
+            verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
         progress("write", 2, 2)
     return manifest
 
@@ -200,12 +231,66 @@ def window_length(source: Source, asked: int | None) -> int:
     return asked
 
 
+def request(source: Source, recipe: Recipe, windows: Windows) -> dict[str, Any]:
+    """What the bytes of a checkpoint depend on: a run goes on only with the same."""
+    return {
+        "model": source.name,
+        "weights": source.fingerprint(),
+        "config": json.loads(source.config.to_json_string()),
+        "family": source.family.name,
+        "device": source.device.type,
+        "recipe": recipe.to_dict(),
+        "calibration": windows.record(),
+        "versions": versions(),
+    }
+
+
+def rotate_(
+    source: Source,
+    windows: Windows,
+    recipe: Recipe,
+    unfit: Mapping[str, int],
+    progress: Progress,
+    run: Unfinished,
+) -> None:
+    """Merge the method's rotations of the whole model, chosen now or by an earlier process."""
+    if not recipe.method.rotates:
+        return
+    rotations = run.rotations()
+    if rotations is None:
+        rotations = choose_rotations(source, windows.ids, recipe, progress)
+        run.keep_rotations(rotations)
+    merge_rotations_(source, rotations, unfit)
+
+
+def keep_layer_(
+    run: Unfinished,
+    source: Source,
+    index: int,
+    layer: nn.Module,
+    done: QuantizedLayer,
+    inputs: Sequence[StoredInput],
+) -> None:
+    """Keep a quantized layer and what the next one gets, and let go of the layer."""
+    run.add_layer(
+        stored_tensors(source, index, layer),
+        done.transforms,
+        done.sites,
+        kept_linears(source, index, layer),
+        {item.path.name: item.facts for item in inputs},
+    )
+    empty_(layer)
+    errors = [entry.output_error for entry in done.sites]
+    run.log(f"layer {index} is finished, mean output error {sum(errors) / max(1, len(errors)):.3e}")
+
+
 def describe(
     source: Source,
-    quantized: Quantized,
     recipe: Recipe,
     windows: Windows,
-    files: dict[str, dict[str, object]],
+    sites: list[SiteEntry],
+    unfit: dict[str, int],
+    files: dict[str, dict[str, Any]],
 ) -> Manifest:
     """The manifest of a checkpoint whose files are written."""
     return Manifest(
@@ -222,8 +307,8 @@ def describe(
         },
         calibration=windows.record(),
         versions=versions(),
-        sites=quantized.sites,
-        unfit=quantized.unfit,
+        sites=sites,
+        unfit=unfit,
         files=files,
     )
 

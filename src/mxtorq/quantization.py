@@ -5,21 +5,21 @@ really have. One layer's statistics are in memory at a time.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from mxtorq.calibration.capture import (
     LayerInput,
     advance_,
     capture_hessians,
     capture_sites,
-    first_layer_inputs,
+    each_first_input,
     reader_weights,
 )
 from mxtorq.calibration.experts import ExpertInputs, capture_experts
@@ -43,11 +43,14 @@ Progress = Callable[[str, int, int], None]
 """(what is being done, steps done, steps in all)."""
 
 
-class Probe(NamedTuple):
-    """What a batch of windows was and what the quantized layers made of it."""
+class QuantizedLayer(NamedTuple):
+    """What was done to a layer."""
 
-    before: LayerInput
-    after: Tensor
+    transforms: dict[str, Transform]
+    """By site."""
+    sites: list[SiteEntry]
+    search_seconds: float
+    """Time in which the method chose its transforms."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +63,6 @@ class Quantized:
     unfit: dict[str, int]
     search_seconds: float
     """Time in which the method chose its transforms."""
-    probe: Probe
-    """One batch before the first and after the last layer, for whoever reads the result back."""
 
 
 class Group(NamedTuple):
@@ -80,63 +81,87 @@ class Stopwatch:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> "Stopwatch":
         self._started = time.perf_counter()
+        return self
 
     def __exit__(self, *raised: object) -> None:
         self.seconds += time.perf_counter() - self._started
 
 
 def quantize_(
-    source: Source,
-    windows: Int64[Tensor, "n seqlen"],
-    recipe: Recipe,
-    progress: Progress,
-    finished: Callable[[int, torch.nn.Module], None] = lambda index, layer: None,
+    source: Source, windows: Int64[Tensor, "n seqlen"], recipe: Recipe, progress: Progress
 ) -> Quantized:
-    """Quantize a model in place, layer by layer: the quantized layer's output feeds the next.
-
-    ``finished`` gets each layer when nothing here needs it any more; it may let go of its tensors.
-    """
-    model, family = source.model, source.family
-    unfit = require_fit(model, family, recipe.allow_unfit)
+    """Quantize a model in place, all of it in memory."""
+    unfit = require_fit(source.model, source.family, recipe.allow_unfit)
     searching = Stopwatch()
     with searching:
-        rotate_(source, windows, recipe, unfit, progress)
-    layers = list(model.get_submodule(family.layers).children())
-    progress("quantize", 0, len(layers))
+        merge_rotations_(source, choose_rotations(source, windows, recipe, progress), unfit)
+    inputs = list(first_inputs(source, windows))
+    layers: list[QuantizedLayer] = []
+    for _, _, done in quantize_layers_(source, inputs, recipe, unfit, progress):
+        layers.append(done)
+    return Quantized(
+        transforms={name: each for done in layers for name, each in done.transforms.items()},
+        sites=[entry for done in layers for entry in done.sites],
+        unfit=unfit,
+        search_seconds=searching.seconds + sum(done.search_seconds for done in layers),
+    )
+
+
+def first_inputs(source: Source, windows: Int64[Tensor, "n seqlen"]) -> Iterator[LayerInput]:
+    """What the first decoder layer gets, batch by batch."""
     with embedded(source):
-        inputs = first_layer_inputs(model, family, windows, source.device, source.dtype)
-    transforms: dict[str, Transform] = {}
-    entries: list[SiteEntry] = []
-    probe = replace(inputs[0], hidden=inputs[0].hidden.clone())
-    for index, layer in enumerate(staged_(source)):
+        yield from each_first_input(
+            source.model, source.family, windows, source.device, source.dtype
+        )
+
+
+def quantize_layers_(
+    source: Source,
+    inputs: Sequence[LayerInput],
+    recipe: Recipe,
+    unfit: Mapping[str, int],
+    progress: Progress,
+    start: int = 0,
+) -> Iterator[tuple[int, nn.Module, QuantizedLayer]]:
+    """Quantize layer after layer in place: the quantized layer's output feeds the next.
+
+    Args:
+        source: the model.
+        inputs: what the layer ``start`` gets; always what the next one gets.
+        recipe: how.
+        unfit: sites that stay in BF16.
+        progress: told after each layer.
+        start: the first layer that is not quantized yet.
+
+    Yields:
+        The index of a layer, the layer, and what was done. Nothing here needs it any more, so that
+        the caller may let go of its tensors.
+    """
+    family = source.family
+    total = len(list(source.model.get_submodule(family.layers).children()))
+    progress("quantize", start, total)
+    for index, layer in staged_(source, start):
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
         statistics = capture_sites(
             layer, sites, inputs, recipe.seed, hessians=needs_hessians(recipe)
         )
-        with searching:
+        with Stopwatch() as searching:
             fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
         fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
         hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
         routed = capture_experts(layer, sites, inputs, expert_moments(fitted, recipe))
+        entries: list[SiteEntry] = []
         for name, site in sites.items():
             experts = routed.get(name, [])
             groups = site_groups(site, hessians[name], statistics[name], experts)
             error = round_site_(layer, site, fitted[name], groups, recipe)
             entries.append(_site_entry(family, index, site, fitted[name], error, experts))
-        transforms |= fitted
         advance_(layer, inputs)
-        finished(index, layer)
-        progress("quantize", index + 1, len(layers))
-    return Quantized(
-        transforms=transforms,
-        sites=entries,
-        unfit=unfit,
-        search_seconds=searching.seconds,
-        probe=Probe(probe, inputs[0].hidden),
-    )
+        yield index, layer, QuantizedLayer(fitted, entries, searching.seconds)
+        progress("quantize", index + 1, total)
 
 
 def needs_hessians(recipe: Recipe) -> bool:
@@ -147,28 +172,29 @@ def needs_hessians(recipe: Recipe) -> bool:
     )
 
 
-def rotate_(
-    source: Source,
-    windows: Int64[Tensor, "n seqlen"],
-    recipe: Recipe,
-    unfit: Mapping[str, int],
-    progress: Progress,
-) -> None:
-    """Merge the method's rotations of the whole model into its weights, if it has any."""
+def choose_rotations(
+    source: Source, windows: Int64[Tensor, "n seqlen"], recipe: Recipe, progress: Progress
+) -> OfflineRotations:
+    """The method's rotations of the whole model, if it has any."""
     if not recipe.method.rotates:
-        return
-    model, family = place(source.model, source.device), source.family
+        return OfflineRotations()
     whole = replace(
-        network(model, family, windows),
+        network(place(source.model, source.device), source.family, windows),
         progress=lambda done, total: progress("rotate", done, total),
     )
-    rotations = recipe.method.rotations(whole, recipe.seed)
+    return recipe.method.rotations(whole, recipe.seed)
+
+
+def merge_rotations_(source: Source, rotations: OfflineRotations, unfit: Mapping[str, int]) -> None:
+    """Merge rotations into the weights of a model, and round what will stay in BF16."""
     if rotations == OfflineRotations():
         return
+    model, family = source.model, source.family
     apply_offline_(model, family, rotations)
+    layers = len(list(model.get_submodule(family.layers).children()))
     sites = [
         (index, site)
-        for index in range(whole.shape.layers)
+        for index in range(layers)
         for site in family.sites
         if family.site_name(index, site) not in unfit
     ]
@@ -178,7 +204,7 @@ def rotate_(
 
 
 def merge_diagonals_(
-    layer: torch.nn.Module,
+    layer: nn.Module,
     sites: Mapping[str, Site],
     fitted: Mapping[str, Transform],
     statistics: Mapping[str, SiteStatistics],
@@ -203,9 +229,9 @@ def merge_diagonals_(
 
 
 def rounding_hessians(
-    layer: torch.nn.Module,
+    layer: nn.Module,
     sites: dict[str, Site],
-    inputs: list[LayerInput],
+    inputs: Sequence[LayerInput],
     transforms: Mapping[str, Transform],
     statistics: Mapping[str, SiteStatistics],
     recipe: Recipe,
@@ -253,7 +279,7 @@ def site_groups(
 
 
 def round_site_(
-    layer: torch.nn.Module,
+    layer: nn.Module,
     site: Site,
     transform: Transform,
     groups: list[Group],

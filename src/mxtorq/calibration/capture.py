@@ -5,8 +5,7 @@ every layer takes (positions, masks); from there each layer is called by itself.
 time needs to be at hand, and the output of the *quantized* layer can feed the next.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,12 +20,19 @@ BATCH_TOKENS = 4096
 """Tokens a forward pass works on, at least one window."""
 
 
-@dataclass(eq=False)
 class LayerInput:
     """The hidden states of one batch of windows and the other arguments of a layer call."""
 
-    hidden: Float[Tensor, "windows seqlen d"]
-    arguments: dict[str, Any]
+    def __init__(
+        self, hidden: Float[Tensor, "windows seqlen d"], arguments: dict[str, Any]
+    ) -> None:
+        self.hidden = hidden
+        self.arguments = arguments
+
+    @property
+    def tokens(self) -> int:
+        """How many they are of."""
+        return self.hidden.shape[:-1].numel()
 
 
 class _Stop(Exception):
@@ -38,7 +44,6 @@ def batches(windows: Int64[Tensor, "n seqlen"]) -> list[Int64[Tensor, "b seqlen"
     return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
 
 
-@torch.no_grad()
 def first_layer_inputs(
     model: nn.Module,
     family: Family,
@@ -46,39 +51,66 @@ def first_layer_inputs(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> list[LayerInput]:
-    """What the first decoder layer receives for each batch of windows.
+    """All of `each_first_input`."""
+    return list(each_first_input(model, family, windows, device, dtype))
+
+
+@torch.no_grad()
+def each_first_input(
+    model: nn.Module,
+    family: Family,
+    windows: Int64[Tensor, "n seqlen"],
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[LayerInput]:
+    """What the first decoder layer receives for each batch of windows, one batch after the other.
 
     ``device`` and ``dtype`` are those that the layers compute on and in; the embedding's own unless
-    given. Of the model's weights only the embedding is used.
+    given. Of the model's weights only the embedding is used. Batches of one shape share the other
+    arguments, which are the same.
     """
     first = model.get_submodule(f"{family.layers}.0")
     embedding: Any = model.get_submodule(family.embedding)
     device, dtype = device or embedding.weight.device, dtype or embedding.weight.dtype
     caught: list[LayerInput] = []
+    shared: dict[torch.Size, dict[str, Any]] = {}
 
     def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append(LayerInput(args[0], kwargs))
         raise _Stop
 
-    hook = first.register_forward_pre_hook(catch, with_kwargs=True)
-    cast = embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
-    try:
-        for batch in batches(windows):
-            try:
-                model(input_ids=batch.to(device), use_cache=False)
-            except _Stop:
-                continue
-    finally:
-        hook.remove()
-        cast.remove()
-    return caught
+    for batch in batches(windows):
+        hook = first.register_forward_pre_hook(catch, with_kwargs=True)
+        cast = embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
+        try:
+            model(input_ids=batch.to(device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            hook.remove()
+            cast.remove()
+        item = caught.pop()
+        common = shared.setdefault(item.hidden.shape, item.arguments)
+        if _same(common, item.arguments):
+            item.arguments = common
+        yield item
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return one is other or bool(one == other)
 
 
 @torch.no_grad()
 def capture_sites(
     layer: nn.Module,
     sites: dict[str, Site],
-    inputs: list[LayerInput],
+    inputs: Sequence[LayerInput],
     seed: int,
     *,
     hessians: bool = True,
@@ -106,7 +138,7 @@ def capture_sites(
 def capture_hessians(
     layer: nn.Module,
     sites: dict[str, Site],
-    inputs: list[LayerInput],
+    inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> dict[str, Float64[Tensor, "d d"]]:
     """The second moment of what reaches each site after a function of the site's own.
@@ -125,7 +157,7 @@ def reader_weights(layer: nn.Module, site: Site) -> tuple[Tensor, ...]:
 
 
 @torch.no_grad()
-def advance_(layer: nn.Module, inputs: list[LayerInput]) -> None:
+def advance_(layer: nn.Module, inputs: Sequence[LayerInput]) -> None:
     """Replace each input's hidden states by the layer's output."""
     for item in inputs:
         output = layer(item.hidden, **item.arguments)
@@ -135,12 +167,12 @@ def advance_(layer: nn.Module, inputs: list[LayerInput]) -> None:
 def _record(
     layer: nn.Module,
     sites: dict[str, Site],
-    inputs: list[LayerInput],
+    inputs: Sequence[LayerInput],
     seed: int,
     through: Mapping[str, Callable[[Tensor], Tensor]],
     hessians: bool = True,
 ) -> dict[str, SiteAccumulator]:
-    tokens = sum(item.hidden.shape[:-1].numel() for item in inputs)
+    tokens = sum(item.tokens for item in inputs)
     widths = {name: reader_weights(layer, site)[0].shape[1] for name, site in sites.items()}
     accumulators = {
         name: SiteAccumulator(name, widths[name], tokens * site.passes, seed, hessians)

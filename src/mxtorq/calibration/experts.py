@@ -9,7 +9,7 @@ It costs one more pass over the layer, and with moments a float64 matrix for eac
 token: 4.3 GB for 128 experts of a width of 2048.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ class _Collector:
 def capture_experts(
     layer: nn.Module,
     sites: Mapping[str, Site],
-    inputs: list[LayerInput],
+    inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> dict[str, list[ExpertInputs]]:
     """Run a layer over all inputs and record what reaches each expert of the sites that have any.

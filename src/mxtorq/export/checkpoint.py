@@ -8,31 +8,26 @@
     tokenizer and generation files
     mxtorq.json                    the manifest, with the SHA-256 of every other file
 
-Everything is written into a hidden folder beside the target, which gets its name by one rename
-after the caller has verified it. Safetensors and JSON only.
+`unfinished` is how such a folder comes to be: whole, by one rename, or not at all. Safetensors and
+JSON only.
 """
 
-import hashlib
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from mxtorq.errors import CheckpointError, OutputError
+from mxtorq.errors import CheckpointError
 from mxtorq.export.compressed_tensors import WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reading.headers import read_header
 from mxtorq.reading.shards import Shards, open_shards
+from mxtorq.writing import fingerprint, join_files, write_text
 
 CONFIG = "config.json"
 TRANSFORMS = "mxtorq-transforms.safetensors"
@@ -55,6 +50,14 @@ _WOULD_BE_READ = frozenset(
 """What transformers or we would take from the folder, listed in the manifest or not."""
 
 
+_UNWRITTEN = Refusal(
+    kind=CheckpointError,
+    asked="the checkpoint that is being written",
+    why="a file of it is not as it was written a moment ago",
+    todo="look after the disk, and run the same command again",
+)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Contents:
     """A checkpoint whose files were checked; its tensors are read when they are asked for."""
@@ -65,151 +68,48 @@ class Contents:
     transforms: Shards | None
 
 
-def require_absent(out: Path) -> None:
-    """Refuse an output that exists or whose parent cannot be written, before any work.
+def place_tensors(folder: Path, file: str, pieces: Sequence[Path]) -> None:
+    """Put tensor files into a checkpoint under its names, as they are or joined.
+
+    Up to `SINGLE_FILE` bytes become ``STEM.safetensors``. More become STEM-00001-of-00003 and so
+    on, which are links to the pieces where the disk has links, and an index.
 
     Raises:
-        OutputError: so it is.
+        OSError: the disk is full or refuses.
     """
-    if out.exists() or out.is_symlink():
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found="a file or folder of that name",
-            why="nothing is overwritten or mixed with older files",
-            todo="name another folder, or remove that one",
-        )
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found=f"{existing}, which is no folder that you may write to",
-            why="the checkpoint is written beside its final place first",
-            todo="name a folder inside one that is yours",
-        )
+    parts = [read_header(path, _UNWRITTEN)[0] for path in pieces]
+    whole = {name: entry for part in parts for name, entry in part.items()}
+    total = sum(entry.nbytes for entry in whole.values())
+    if total <= SINGLE_FILE:
+        join_files(folder / file, whole)
+        return
+    stem, table = file.removesuffix(".safetensors"), {}
+    for number, (path, part) in enumerate(zip(pieces, parts, strict=True), 1):
+        name = f"{stem}-{number:05d}-of-{len(pieces):05d}.safetensors"
+        try:
+            os.link(path, folder / name)
+        except OSError:  # a disk without links
+            shutil.copyfile(path, folder / name)
+        table.update(dict.fromkeys(part, name))
+    index = {"metadata": {"total_size": total}, "weight_map": table}
+    write_text(folder / f"{file}.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-@contextmanager
-def output_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that becomes ``out`` when the block ends well.
-
-    On any exception, Ctrl-C included, it is removed and ``out`` does not come to be.
-
-    Raises:
-        OutputError: the disk is full or refuses, or ``out`` has appeared meanwhile.
-    """
-    require_absent(out)
-    made = _make_parents(out)
-    staging = None
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        staging.chmod(0o755)
-        yield staging
-        for path in sorted(staging.iterdir()):
-            path.chmod(0o644)
-            _sync(path)
-        require_absent(out)
-        staging.rename(out)
-        _sync(out.parent)
-    except BaseException as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
-            folder.rmdir()
-        if isinstance(error, (OSError, SafetensorError)):
-            raise OutputError(
-                asked=f"a checkpoint in {out}",
-                found=f"{type(error).__name__}: {error}",
-                why="the files could not be written in full",
-                todo="free space on that disk or name another place; nothing was left behind",
-            ) from error
-        raise
-
-
-class TensorWriter:
-    """Tensors into safetensors files as they come: a file for each call, renamed at the end.
-
-    They end as one file, or as several with an index when they are more than `SINGLE_FILE` bytes.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._pieces: list[Path] = []
-        self._names: list[list[str]] = []
-        self.total_bytes = 0
-
-    def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write some tensors.
-
-        Raises:
-            OutputError: the disk has too little room.
-        """
-        needed = sum(t.numel() * t.element_size() for t in tensors.values())
-        _require_room(self._folder, needed)
-        piece = self._folder / f"piece-{len(self._pieces):05d}.safetensors"
-        save_file(_plain(tensors), piece, metadata={"format": "pt"})
-        self._pieces.append(piece)
-        self._names.append(sorted(tensors))
-        self.total_bytes += needed
-
-    def finish(self, file: str) -> None:
-        """Give the files their names: ``STEM.safetensors``, or STEM-00001-of-00003 and so on.
-
-        Raises:
-            OutputError: the disk has too little room.
-        """
-        stem = file.removesuffix(".safetensors")
-        if self.total_bytes <= SINGLE_FILE:
-            _require_room(self._folder, self.total_bytes)
-            whole = {name: t for piece in self._pieces for name, t in load_file(piece).items()}
-            save_file(_plain(whole), self._folder / file, metadata={"format": "pt"})
-            for piece in self._pieces:
-                piece.unlink()
-            return
-        count, table = len(self._pieces), {}
-        for number, (piece, names) in enumerate(zip(self._pieces, self._names, strict=True), 1):
-            name = f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-            piece.rename(self._folder / name)
-            table.update(dict.fromkeys(names, name))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": table}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._folder / f"{file}.index.json").write_text(text, encoding="utf-8")
+def place_transforms(folder: Path, pieces: Sequence[Path]) -> None:
+    """Join the tensors of all transforms, if there are any. Raises `OSError`."""
+    parts = [read_header(path, _UNWRITTEN)[0] for path in pieces]
+    if parts:
+        join_files(folder / TRANSFORMS, {n: entry for part in parts for n, entry in part.items()})
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write config.json."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def write_transforms(folder: Path, transforms: Mapping[str, Tensor]) -> None:
-    """Write the tensors of all transforms, if there are any.
-
-    Raises:
-        OutputError: the disk has too little room.
-    """
-    if transforms:
-        _require_room(folder, sum(t.numel() * t.element_size() for t in transforms.values()))
-        save_file(_plain(transforms), folder / TRANSFORMS, metadata={"format": "pt"})
-
-
-def _require_room(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed + 2**20:
-        raise OutputError(
-            asked=f"{needed / 1e6:.1f} MB in {folder.parent}",
-            found=f"{free / 1e6:.1f} MB free",
-            why="the checkpoint does not fit",
-            todo="free space on that disk or name another place; nothing was left behind",
-        )
-
-
-def fingerprints(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the manifest says of each file in a folder: ``sha256`` and ``bytes``."""
-    return {path.name: _fingerprint(path) for path in sorted(folder.iterdir())}
+    """Write config.json. Raises `OSError`."""
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest, last of all."""
-    (folder / FILE).write_text(manifest.to_json(), encoding="utf-8")
+    """Write the manifest, last of all. Raises `OSError`."""
+    write_text(folder / FILE, manifest.to_json())
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -293,32 +193,6 @@ def _found(folder: Path, name: str, expected: dict[str, Any]) -> dict[str, Any] 
         if not path.is_file():
             return "no such file"
         size = path.stat().st_size
-        return _fingerprint(path) if size == expected["bytes"] else f"{size} bytes"
+        return fingerprint(path) if size == expected["bytes"] else f"{size} bytes"
     except OSError as error:
         return f"{type(error).__name__}: {error}"
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"sha256": digest, "bytes": path.stat().st_size}
-
-
-def _make_parents(out: Path) -> list[Path]:
-    """Create missing parents; returns them, innermost first, so that they can be taken back."""
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    for folder in reversed(made):
-        folder.mkdir()
-    return made
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -50,6 +50,25 @@ class SiteEntry:
     experts; and how many of these were ``unseen``. Absent elsewhere."""
 
 
+def site_entries(values: Any, refuse: Refusal) -> list[SiteEntry]:
+    """Site entries from JSON values.
+
+    Raises:
+        MxtorqError: they are none.
+    """
+    if not isinstance(values, list):
+        raise refuse(f"sites = {values!r:.200}")
+    entries = [SiteEntry(**fields_of(each, SiteEntry, refuse, "a site entry")) for each in values]
+    for entry in entries:
+        if entry.output_error < 0:
+            raise refuse(f"{entry.site} with a negative output_error")
+        if entry.experts is not None:
+            require_keys(entry.experts, _COUNTS, refuse, entry.site)
+            if entry.experts["count"] < 1:
+                raise refuse(f"{entry.site} with {entry.experts['count']} experts")
+    return entries
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Everything about a checkpoint but its tensors."""
@@ -107,24 +126,12 @@ class Manifest:
         if (schema, version) != (SCHEMA, VERSION):
             why = f"this release reads {SCHEMA} version {VERSION} only"
             raise refuse(f"schema {schema!r}, version {version!r}", why)
-        sites = content.get("sites")
-        if not isinstance(sites, list):
-            raise refuse(f"sites = {sites!r:.200}")
-        content["sites"] = [
-            SiteEntry(**fields_of(entry, SiteEntry, refuse, "a site entry")) for entry in sites
-        ]
+        content["sites"] = site_entries(content.get("sites"), refuse)
         content = fields_of(content, cls, refuse, "a manifest")
         for part, keys in _PARTS.items():
             require_keys(content[part], keys, refuse, part)
         for name, facts in content["files"].items():
             require_keys(facts, _FILE, refuse, name)
-        for entry in content["sites"]:
-            if entry.output_error < 0:
-                raise refuse(f"{entry.site} with a negative output_error")
-            if entry.experts is not None:
-                require_keys(entry.experts, _COUNTS, refuse, entry.site)
-                if entry.experts["count"] < 1:
-                    raise refuse(f"{entry.site} with {entry.experts['count']} experts")
         return cls(**content)
 
 

@@ -44,12 +44,17 @@ def embedded(source: Source) -> Iterator[None]:
         yield
         return
     _read_(source, f"{source.family.embedding}.", torch.bfloat16)
-    yield
-    empty_(source.model.get_submodule(source.family.embedding))
+    try:
+        yield
+    finally:
+        empty_(source.model.get_submodule(source.family.embedding))
 
 
-def staged_(source: Source) -> Iterator[nn.Module]:
-    """Each decoder layer once it lies where it computes; the next is read while it is worked on."""
+def staged_(source: Source, start: int = 0) -> Iterator[tuple[int, nn.Module]]:
+    """Each decoder layer from ``start`` with its index, once it lies where it computes.
+
+    The next one is read while it is worked on.
+    """
     family, model = source.family, source.model
     layers = list(model.get_submodule(family.layers).children())
 
@@ -59,12 +64,13 @@ def staged_(source: Source) -> Iterator[nn.Module]:
         return layers[index]
 
     with ThreadPoolExecutor(1, thread_name_prefix="mxtorq-layers") as reader:
-        coming = reader.submit(arrive_, 0)
-        for index in range(len(layers)):
-            layer = coming.result()
+        order = range(start, len(layers))
+        coming = [reader.submit(arrive_, index) for index in order[:1]]
+        for index in order:
+            layer = coming.pop().result()
             if index + 1 < len(layers):
-                coming = reader.submit(arrive_, index + 1)
-            yield layer
+                coming.append(reader.submit(arrive_, index + 1))
+            yield index, layer
 
 
 def _read_(source: Source, prefix: str, dtype: torch.dtype) -> None:

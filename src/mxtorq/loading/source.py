@@ -60,7 +60,12 @@ class Source:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
     def fingerprint(self) -> str:
-        """SHA-256 over the names and BF16 values of all weights: which model this is."""
+        """SHA-256 over names and weights: which model this is.
+
+        Of a model in memory all BF16 values count, of one on disk a sample of each stored tensor.
+        """
+        if self.shards is not None:
+            return self.shards.sample_digest()
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(name.encode())

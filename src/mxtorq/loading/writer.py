@@ -1,11 +1,10 @@
-"""A quantized model into the files of a checkpoint, layer by layer, and the proof of it.
+"""A quantized model into the files of a checkpoint, and the proof of it.
 
 The inverse of `loading.checkpoint`. What a checkpoint keeps beside the codes are the model's other
 tensors in BF16 (they were read as BF16, so that loses nothing), tied ones once.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +13,52 @@ from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import VerificationError
-from mxtorq.export.checkpoint import (
-    TensorWriter,
-    fingerprints,
-    read_checkpoint,
-    write_config,
-    write_transforms,
-)
+from mxtorq.export.checkpoint import place_tensors, place_transforms, read_checkpoint, write_config
 from mxtorq.export.compressed_tensors import WEIGHTS_FILE, quantization_config
+from mxtorq.export.unfinished import Unfinished
 from mxtorq.loading.at_rest import stored_value
 from mxtorq.loading.checkpoint import restored_layers
-from mxtorq.loading.skeleton import empty_, stored_names
+from mxtorq.loading.skeleton import stored_names
 from mxtorq.loading.source import Source
-from mxtorq.transforms.base import Transform
+from mxtorq.writing import fingerprint, write_tensors
 
 
-class ModelWriter:
-    """Writes a model into a folder: each layer when it is quantized, the rest at the end."""
+def write_checkpoint(folder: Path, source: Source, run: Unfinished) -> dict[str, dict[str, Any]]:
+    """Fill a folder with a checkpoint whose layers a run has finished, all but its manifest.
 
-    def __init__(self, folder: Path, source: Source) -> None:
-        self._folder, self._source = folder, source
-        self._tensors = TensorWriter(folder)
-        self._prefix = f"{source.family.layers}."
-        modules = source.model.named_modules()
-        linears = [name for name, module in modules if isinstance(module, nn.Linear)]
-        self._plain = [name for name in linears if not name.startswith(self._prefix)]
+    Returns:
+        What the manifest says of the files.
 
-    def add_layer(self, index: int, layer: nn.Module) -> None:
-        """Write a layer and let go of it.
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    family = source.family
+    modules = source.model.named_modules()
+    linears = [name for name, module in modules if isinstance(module, nn.Linear)]
+    plain = [name for name in linears if not name.startswith(f"{family.layers}.")]
+    plain += [name for layer in run.layers for name in layer.kept]
+    rotated = any(site.kind != "identity" for layer in run.layers for site in layer.sites)
+    config = json.loads(source.config.to_json_string())
+    config["dtype"] = "bfloat16"
+    described = quantization_config(rotated=rotated, ignore=sorted([*plain, *routers(source)]))
+    config["quantization_config"] = described
+    pieces = run.pieces()
+    for name in outside_layers(source):  # one by one: an embedding is as large as some layers
+        pieces.append(run.folder / f"{name}.safetensors")
+        write_tensors(pieces[-1], {name: stored_value(source, name)})
+    place_tensors(folder, WEIGHTS_FILE[described["quant_method"]], pieces)
+    place_transforms(folder, run.pieces("-transforms.safetensors"))
+    write_config(folder, config)
+    source.tokenizer.save_pretrained(folder)
+    generation: Any = source.model.generation_config
+    generation.save_pretrained(folder)
+    return {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
 
-        Raises:
-            OutputError: the disk has too little room.
-        """
-        prefix = f"{self._prefix}{index}."
-        linears = (name for name, part in layer.named_modules() if isinstance(part, nn.Linear))
-        self._plain += [prefix + name for name in linears]
-        self._tensors.add({prefix + name: value for name, value in stored_tensors(layer).items()})
-        empty_(layer)
 
-    def finish(self, transforms: Mapping[str, Transform]) -> dict[str, dict[str, object]]:
-        """Write everything else: other tensors, configuration, tokenizer, transforms (by site).
-
-        Returns:
-            What the manifest says of the files.
-
-        Raises:
-            OutputError: the disk has too little room.
-        """
-        source, folder = self._source, self._folder
-        for name in outside_layers(source):  # one by one: an embedding is as large as some layers
-            self._tensors.add({name: stored_value(source, name)})
-        rotated = any(transform.kind != "identity" for transform in transforms.values())
-        config = json.loads(source.config.to_json_string())
-        config["dtype"] = "bfloat16"
-        described = quantization_config(
-            rotated=rotated, ignore=sorted([*self._plain, *routers(source)])
-        )
-        config["quantization_config"] = described
-        self._tensors.finish(WEIGHTS_FILE[described["quant_method"]])
-        write_config(folder, config)
-        write_transforms(
-            folder,
-            {
-                f"{site}.{part}": tensor
-                for site, transform in transforms.items()
-                for part, tensor in transform.tensors().items()
-            },
-        )
-        source.tokenizer.save_pretrained(folder)
-        generation: Any = source.model.generation_config
-        generation.save_pretrained(folder)
-        return fingerprints(folder)
+def kept_linears(source: Source, index: int, layer: nn.Module) -> list[str]:
+    """The linears of a quantized layer that stay in BF16, by full name."""
+    parts = layer.named_modules()
+    return [source.family.linear_name(index, n) for n, m in parts if isinstance(m, nn.Linear)]
 
 
 def routers(source: Source) -> list[str]:
@@ -101,10 +75,13 @@ def outside_layers(source: Source) -> list[str]:
     return [name for name in names if not name.startswith(f"{source.family.layers}.")]
 
 
-def stored_tensors(layer: nn.Module) -> dict[str, Tensor]:
-    """A quantized layer's tensors as a checkpoint keeps them."""
+def stored_tensors(source: Source, index: int, layer: nn.Module) -> dict[str, Tensor]:
+    """A quantized layer's tensors as a checkpoint keeps them, by full name."""
     state: dict[str, Tensor] = layer.state_dict()
-    return {k: v.bfloat16() if v.is_floating_point() else v for k, v in state.items()}
+    return {
+        source.family.linear_name(index, name): v.bfloat16() if v.is_floating_point() else v
+        for name, v in state.items()
+    }
 
 
 @torch.no_grad()

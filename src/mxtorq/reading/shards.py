@@ -15,6 +15,7 @@ which sums round differently, and a file that is truncated while it is mapped en
 price is one copy, which costs no more than the page faults of a map.
 """
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ STEM = "model"
 """What transformers calls its weights."""
 
 _LONGEST_INDEX = 32 * 2**20
+_SAMPLE = 4096
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
@@ -98,6 +100,32 @@ class Shards:
             raise self.refuse(f"{name!r:.200} with bytes above 1", "a BOOL is a byte 0 or 1")
         return values.view(entry.dtype).view(entry.shape)
 
+    def below(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors ``PREFIX.NAME`` by NAME. Raises as `tensor`."""
+        start = f"{prefix}."
+        names = [name for name in self.entries if name.startswith(start)]
+        return {name.removeprefix(start): self.tensor(name) for name in names}
+
+    def sample_digest(self) -> str:
+        """SHA-256 over all names, types, shapes, and the first and last 4 KiB of each tensor.
+
+        It tells two trainings of one model apart without reading them whole.
+
+        Raises:
+            MxtorqError: the disk fails.
+        """
+        digest = hashlib.sha256()
+        try:
+            for name, entry in sorted(self.entries.items()):
+                digest.update(f"{name} {entry.dtype} {entry.shape};".encode())
+                with entry.path.open("rb", buffering=0) as file:
+                    for start in (entry.start, max(entry.start, entry.stop - _SAMPLE)):
+                        file.seek(start)
+                        digest.update(file.read(min(_SAMPLE, entry.stop - start)))
+        except OSError as error:
+            raise self.refuse(f"{entry.path.name}: {type(error).__name__}: {error}") from error
+        return digest.hexdigest()
+
     def _changed(self, entry: Entry) -> Exception:
         return self.refuse(
             f"{entry.path.name}, changed since its header was read",
@@ -121,6 +149,16 @@ def open_shards(folder: Path, refuse: Refusal, stem: str = STEM) -> Shards:
     else:
         raise _none(folder, single.name, refuse)
     return Shards(entries=MappingProxyType(entries), refuse=refuse, stamps=MappingProxyType(stamps))
+
+
+def open_file(path: Path, refuse: Refusal) -> Shards:
+    """The tensors of one file, whatever its name.
+
+    Raises:
+        MxtorqError: it is missing, or its header is wrong.
+    """
+    entries, found = read_header(path, refuse)
+    return Shards(entries=MappingProxyType(entries), refuse=refuse, stamps={path: found})
 
 
 def indexed_files(index: Path, refuse: Refusal) -> dict[str, str]:

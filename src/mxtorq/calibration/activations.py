@@ -1,0 +1,113 @@
+"""What a decoder layer gets, batch by batch: in memory, on disk, or both.
+
+A run that may be killed writes the hidden states behind each layer to disk, so that it can go on
+from there; one that may not take much memory reads them back from there when they are needed. Both
+are `StoredInput`: a file for each batch and layer, named when the disk has it. The file of the
+layer before stays until somebody says that the layer is finished.
+
+The bits are the same either way. The price is one write of tokens x width numbers a layer, and one
+read for each pass over a layer when the states do not stay in memory.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from mxtorq.calibration.capture import LayerInput
+from mxtorq.errors import CheckpointError
+from mxtorq.reading.documents import Refusal
+from mxtorq.reading.shards import open_file
+from mxtorq.writing import write_tensors
+
+_REFUSE = Refusal(
+    kind=CheckpointError,
+    asked="the activations of an unfinished run",
+    why="they are not as this run wrote them",
+    todo="remove the folder of the unfinished run to start again",
+)
+
+
+class StoredInput(LayerInput):
+    """One batch of what a layer gets; assigning to ``hidden`` writes what the next layer gets."""
+
+    def __init__(
+        self, folder: Path, number: int, first: LayerInput, layer: int, *, keep: bool
+    ) -> None:
+        """Args:
+        folder: of the files.
+        number: of the batch.
+        first: the batch as the first layer gets it.
+        layer: whose input it stands for; a later layer's is read from its file.
+        keep: hold the states in memory as well.
+        """
+        self._folder, self._number, self._layer, self._keep = folder, number, layer, keep
+        self._shape, self._device = first.hidden.shape, first.hidden.device
+        self.arguments = first.arguments
+        self.facts: dict[str, Any] = {}
+        """``sha256`` and ``bytes`` of the file that was written last."""
+        self._value: Tensor | None = None
+        if layer == 0 and keep:
+            self._value = first.hidden
+        elif layer == 0:
+            self._write(first.hidden)
+        elif keep:
+            self._value = self._read()
+
+    @property
+    def path(self) -> Path:
+        """The file of these states. The first layer's have one only if they are not in memory."""
+        return self._folder / f"{self._layer:05d}-{self._number:05d}.safetensors"
+
+    @property
+    def tokens(self) -> int:
+        return self._shape[:-1].numel()
+
+    @property
+    def hidden(self) -> Float[Tensor, "windows seqlen d"]:
+        """The states, from memory or from disk.
+
+        Raises:
+            CheckpointError: the file is not as it was written.
+        """
+        return self._read() if self._value is None else self._value
+
+    @hidden.setter
+    def hidden(self, value: Float[Tensor, "windows seqlen d"]) -> None:
+        self._layer += 1
+        self._value = value if self._keep else None
+        self._write(value)
+
+    def _write(self, value: Tensor) -> None:
+        self.facts = write_tensors(self.path, {"hidden": value})
+
+    def _read(self) -> Tensor:
+        found = open_file(self.path, _REFUSE).tensor("hidden")
+        if found.shape != self._shape:
+            raise _REFUSE(f"{self.path.name} of shape {tuple(found.shape)}, not {self._shape}")
+        return found.to(self._device)
+
+
+def stored_inputs(
+    first: Iterator[LayerInput], folder: Path, layer: int, tokens: int, memory: int
+) -> list[StoredInput]:
+    """What a layer gets, from what the first one gets and from the files of an earlier process.
+
+    Args:
+        first: each batch as the first layer gets it.
+        folder: of the files.
+        layer: whose input is wanted.
+        tokens: of all batches.
+        memory: bytes up to which all batches together stay in memory.
+
+    Raises:
+        CheckpointError: a file is missing or is not as it was written.
+        OSError: the disk is full or refuses.
+    """
+    stored: list[StoredInput] = []
+    for number, batch in enumerate(first):
+        needed = tokens * batch.hidden.shape[-1] * batch.hidden.element_size()
+        stored.append(StoredInput(folder, number, batch, layer, keep=needed <= memory))
+    return stored
