@@ -5,13 +5,14 @@ expert's weights looks at its own tokens, unless they are fewer than the site is
 moment would be singular, and GPTQ would make errors good in directions that it merely has not seen.
 Such an expert takes the moment of all tokens of the site.
 
-One more pass over the layer, up to its experts, records what they are called with: the inputs of
-the MLP once, and which tokens go to whom. An expert's moment is summed from its rows when a
-rounding asks for it, so one is in memory at a time where all would be 4.3 GB (128 experts of a
-width of 2048). What down_proj reads is computed anew for it, by the linears that were in place when
-the inputs were recorded: gate_proj and up_proj may be quantized by then. The price is that these
-stay in memory until the layer's last site is done, which a layer has held at once anyway, and two
-of an expert's three products, which the recording pass leaves out.
+One more pass over the layer records what its experts are called with (the inputs of the MLP once,
+and which tokens go to whom) and ends there, but for the products that samples need. An expert's
+moment is summed from its own rows when a rounding asks for it, so one is in memory at a time; all
+of them would be 4.3 GB for 128 experts of a width of 2048. What down_proj reads is computed for that
+by the gate_proj and up_proj that were in place during the pass: they are quantized by then. The
+price is that the unquantized ones stay in memory until the layer's last site is done. That is no
+new peak, as all of them are there when the first site is rounded; the inner activations of all
+tokens, kept instead, would be one.
 """
 
 from collections.abc import Callable, Mapping
