@@ -8,8 +8,8 @@ Such an expert takes the moment of all tokens of the site.
 One more pass over the layer records what its experts are called with (the inputs of the MLP once,
 and which tokens go to whom) and ends there, but for the products that samples need. An expert's
 moment is summed from its own rows when a rounding asks for it, so one is in memory at a time; all
-of them would be 4.3 GB for 128 experts of a width of 2048. What down_proj reads is computed for that
-by the gate_proj and up_proj that were in place during the pass: they are quantized by then. The
+would be 4.3 GB for 128 experts of a width of 2048. What down_proj reads is computed for that by the
+gate_proj and up_proj that were in place during the pass: they are quantized by then. The
 price is that the unquantized ones stay in memory until the layer's last site is done. That is no
 new peak, as all of them are there when the first site is rounded; the inner activations of all
 tokens, kept instead, would be one.
