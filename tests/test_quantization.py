@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 import torch
 
+import hooked_experts
 import tiny_models
-from mxtorq import pipeline
+from mxtorq import pipeline, quantization
 from mxtorq.calibration import statistics as statistics_module
 from mxtorq.calibration.capture import capture_sites, first_layer_inputs
 from mxtorq.config import Recipe, parse_method, parse_rounding
@@ -223,6 +224,32 @@ def test_experts_are_rounded_with_the_hessian_of_their_own_tokens(
         assert len(entries[name].linears) == len(site.linears)
         pooled += few
     assert 0 < pooled < 8  # both happen
+
+
+@pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptq:inputs=rounded"])
+def test_experts_get_the_codes_that_moments_beforehand_would_give(
+    rounding: str, tiny_folders: dict[str, Path], story: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """down_in is rounded when gate_proj and up_proj are quantized, and must not see that."""
+    monkeypatch.setattr("mxtorq.calibration.capture.BATCH_TOKENS", 128)  # several batches
+    recipe = settings(story, "torq:levels=inter", parse_rounding(rounding))
+    found = []
+    for beforehand in (False, True):
+        if beforehand:
+            monkeypatch.setattr(
+                quantization,
+                "capture_experts",
+                lambda layer, experts, *rest: hooked_experts.capture(layer, *rest),
+            )
+        source = pipeline.load_model(str(tiny_folders["qwen3_moe"]), None, 0, "cpu")
+        done = quantize_(source, pipeline.calibrate(source, recipe).ids, recipe, pipeline.silent)
+        found.append((source.model.state_dict(), done.sites))
+    (mine, my_entries), (theirs, their_entries) = found
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert my_entries == their_entries
+    pooled = [entry.experts["pooled"] for entry in my_entries if entry.experts]
+    assert 0 < sum(pooled) < 4 * len(pooled)
 
 
 @pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptq:inputs=rounded"])

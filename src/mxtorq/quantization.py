@@ -152,7 +152,8 @@ def quantize_layers_(
             fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
         fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
         hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
-        routed = capture_experts(layer, sites, inputs, expert_moments(fitted, recipe))
+        moments = expert_moments(fitted, recipe)
+        routed = capture_experts(layer, family.experts, sites, inputs, moments)
         entries: list[SiteEntry] = []
         for name, site in sites.items():
             experts = routed.get(name, [])
@@ -266,16 +267,15 @@ def site_groups(
 ) -> list[Group]:
     """The linears of a site that are rounded together: all, or expert by expert.
 
-    An expert without a Hessian of its own takes that of the site.
+    An expert without a Hessian of its own takes that of the site, which is computed once for all.
     """
     if not experts:
         return [Group(site.linears, hessian, statistics.sample)]
     pooled = cache(hessian)
-    groups = []
-    for linears, expert in zip(site.groups, experts, strict=True):
-        own = pooled if expert.hessian is None else partial(_same, expert.hessian)
-        groups.append(Group(linears, own, expert.sample))
-    return groups
+    return [
+        Group(linears, expert.hessian or pooled, expert.sample)
+        for linears, expert in zip(site.groups, experts, strict=True)
+    ]
 
 
 def round_site_(
@@ -339,7 +339,3 @@ def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:
     return transform.apply(values.float())
-
-
-def _same(hessian: Tensor) -> Tensor:
-    return hessian

@@ -66,6 +66,23 @@ def test_only_the_experts_that_are_chosen_are_called() -> None:
     assert torch.equal(outputs[0], experts.get_submodule("2")(inputs, experts.act_fn)[0])
 
 
+def test_what_a_list_tells_of_itself() -> None:
+    """Who gets which tokens, and what reaches down_proj by the linears of an earlier time."""
+    experts = tiny_models.build("qwen3_moe").get_submodule("model.layers.0.mlp.experts")
+    chosen = torch.tensor([[2, 0], [2, 3], [0, 2]])
+    found = [(e, tokens.tolist(), places.tolist()) for e, tokens, places in experts.routes(chosen)]
+    assert found == [(0, [0, 2], [1, 0]), (2, [0, 1, 2], [0, 0, 1]), (3, [1], [1])]
+    seen: list[torch.Tensor] = []
+    down = experts.get_submodule("2.down_proj")
+    down.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    inputs = torch.randn(3, 64)
+    experts(inputs, chosen, torch.ones(3, 2))
+    inner = experts.inner(2)
+    for part in ("gate", "up", "down"):
+        experts.set_submodule(f"2.{part}_proj", nn.Identity())
+    assert torch.equal(inner(inputs), seen[0])
+
+
 def test_what_has_no_such_experts_is_refused() -> None:
     for changes in ({"mlp_only_layers": [1]}, {"decoder_sparse_step": 2}):
         with pytest.raises(ModelError, match=r"layers\.\d\.mlp\.experts") as caught:

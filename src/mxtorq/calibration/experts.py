@@ -5,24 +5,34 @@ expert's weights looks at its own tokens, unless they are fewer than the site is
 moment would be singular, and GPTQ would make errors good in directions that it merely has not seen.
 Such an expert takes the moment of all tokens of the site.
 
-It costs one more pass over the layer, and with moments a float64 matrix for each expert that saw a
-token: 4.3 GB for 128 experts of a width of 2048.
+One more pass over the layer records what its experts are called with (the inputs of the MLP once,
+and which tokens go to whom) and ends there, but for the products that samples need. An expert's
+moment is summed from its own rows when a rounding asks for it, so one is in memory at a time; all
+would be 4.3 GB for 128 experts of a width of 2048. What down_proj reads is computed for that by the
+gate_proj and up_proj that were in place during the pass: they are quantized by then. The
+price is that the unquantized ones stay in memory until the layer's last site is done. That is no
+new peak, as all of them are there when the first site is rounded; the inner activations of all
+tokens, kept instead, would be one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.calibration.statistics import SiteAccumulator
-from mxtorq.models.family import Site
+from mxtorq.models.family import Experts, Site
 
 EXPERT_SAMPLE = 64
 """Tokens of each expert that are kept for output errors: its first ones."""
+
+Look = Callable[[Tensor], Tensor]
+"""What a site sees of the rows that an expert is called with."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,68 +41,130 @@ class ExpertInputs:
 
     tokens: int
     sample: Float[Tensor, "sampled d"]
-    hessian: Float64[Tensor, "d d"] | None
-    """The second moment of its transformed inputs; None where it saw too few tokens for one, or
-    none was asked for."""
+    hessian: Callable[[], Float64[Tensor, "d d"]] | None
+    """Sums up the second moment of its transformed inputs, anew with each call; None where it saw
+    too few tokens for one, or none was asked for. Holds on to what was recorded of the layer."""
 
 
-class _Collector:
-    def __init__(self, site: str, width: int, through: Callable[[Tensor], Tensor] | None) -> None:
-        self._site, self._width, self._through = site, width, through
-        self._moment: SiteAccumulator | None = None
-        self._sample: list[Tensor] = []
-        self._tokens = 0
+class _Batch(NamedTuple):
+    """What the experts were called with at once."""
+
+    inputs: Float[Tensor, "n d"]
+    tokens: dict[int, Int64[Tensor, " m"]]
+    """The rows of each expert that got any."""
+
+
+class _Recorded(Exception):
+    """Ends a layer's forward pass once the inputs of its experts are known."""
+
+
+class _Recorder:
+    """Stands before the list of experts and takes in what it is called with."""
+
+    def __init__(self, experts: Any, looks: Mapping[str, list[Look]], keeps: bool) -> None:
+        self._experts, self._looks, self._keeps = experts, looks, keeps
+        self.batches: list[_Batch] = []
+        self.tokens: dict[int, int] = {}
+        self.samples: dict[tuple[str, int], list[Tensor]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0]
-        self._sample.append(rows[: max(0, EXPERT_SAMPLE - self._tokens)].float())
-        self._tokens += len(rows)
-        if self._through is not None:
-            self._moment = self._moment or SiteAccumulator(self._site, self._width, 0, 0)
-            self._moment.add(self._through(rows))
+        inputs, chosen = args[:2]
+        batch = _Batch(inputs, {index: rows for index, rows, _ in self._experts.routes(chosen)})
+        for index, rows in batch.tokens.items():
+            seen = self.tokens.get(index, 0)
+            if seen < EXPERT_SAMPLE:
+                self._sample(index, inputs[rows], EXPERT_SAMPLE - seen)
+            self.tokens[index] = seen + len(rows)
+        if self._keeps:
+            self.batches.append(batch)
+        raise _Recorded
 
-    def finish(self, like: Tensor) -> ExpertInputs:
-        enough = self._moment is not None and self._tokens >= self._width
-        return ExpertInputs(
-            tokens=self._tokens,
-            sample=torch.cat([like.new_empty(0, self._width, dtype=torch.float32), *self._sample]),
-            hessian=self._moment.take_hessian() if self._moment and enough else None,
-        )
+    def _sample(self, index: int, rows: Tensor, most: int) -> None:
+        """All of a batch's rows are looked at, as `_moment` does: fewer would round differently."""
+        for name, looks in self._looks.items():
+            part = looks[index](rows)[:most].to(torch.float32, copy=True)  # a view keeps all rows
+            self.samples.setdefault((name, index), []).append(part)
 
 
 @torch.no_grad()
 def capture_experts(
     layer: nn.Module,
+    experts: Experts | None,
     sites: Mapping[str, Site],
     inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
 ) -> dict[str, list[ExpertInputs]]:
-    """Run a layer over all inputs and record what reaches each expert of the sites that have any.
+    """Run a layer up to its experts, over all inputs, and record what each of them gets.
 
     Args:
-        layer: the decoder layer, unquantized.
+        layer: the decoder layer, unquantized. Its linears may be replaced before a moment is asked
+            for, and must not be changed in place.
+        experts: where they are; they are a `surgery.experts.ExpertList`. None: there are none.
         sites: by full name; those without experts are left out.
         inputs: the layer's inputs; left as they are.
         through: by site, what is done to inputs before their moment; without, no moments.
-
-    Raises:
-        ModelError: an activation is NaN or Inf.
     """
-    firsts = {name: [g[0] for g in site.groups] for name, site in sites.items() if site.experts}
-    if not firsts:
+    shared = {name: site for name, site in sites.items() if site.experts}
+    if experts is None or not shared:
         return {}
-    collectors: dict[str, list[_Collector]] = {name: [] for name in firsts}
-    hooks = []
-    for name, paths in firsts.items():
-        for path in paths:
-            linear: Any = layer.get_submodule(path)
-            collectors[name].append(_Collector(name, linear.in_features, through.get(name)))
-            hooks.append(linear.register_forward_pre_hook(collectors[name][-1]))
+    called: Any = layer.get_submodule(experts.module)
+    looks = {
+        name: [
+            _as_called if site.tap == experts.module else called.inner(index)
+            for index in range(site.experts)
+        ]
+        for name, site in shared.items()
+    }
+    recorder = _Recorder(called, looks, keeps=any(name in through for name in shared))
+    hook = called.register_forward_pre_hook(recorder)
     try:
         for item in inputs:
-            layer(item.hidden, **item.arguments)
+            try:
+                layer(item.hidden, **item.arguments)
+            except _Recorded:
+                continue
     finally:
-        for hook in hooks:
-            hook.remove()
-    like = inputs[0].hidden
-    return {name: [each.finish(like) for each in found] for name, found in collectors.items()}
+        hook.remove()
+
+    found: dict[str, list[ExpertInputs]] = {}
+    for name, site in shared.items():
+        linear: Any = layer.get_submodule(site.linears[0])
+        width, none = linear.in_features, inputs[0].hidden.new_empty(0, dtype=torch.float32)
+        for index, look in enumerate(looks[name]):
+            tokens = recorder.tokens.get(index, 0)
+            moment = partial(_moment, name, width, recorder.batches, index, look)
+            known = name in through and tokens >= width
+            parts = recorder.samples.get((name, index), [none.view(0, width)])
+            found.setdefault(name, []).append(
+                ExpertInputs(
+                    tokens=tokens,
+                    sample=torch.cat(parts),
+                    hessian=partial(moment, through[name]) if known else None,
+                )
+            )
+    return found
+
+
+@torch.no_grad()
+def _moment(
+    site: str,
+    width: int,
+    batches: list[_Batch],
+    index: int,
+    look: Look,
+    through: Callable[[Tensor], Tensor],
+) -> Float64[Tensor, "d d"]:
+    """The second moment of what an expert sees at a site, batch by batch.
+
+    Raises:
+        ModelError: an input is NaN or Inf.
+    """
+    sums = SiteAccumulator(site, width, 0, 0)
+    for batch in batches:
+        if index in batch.tokens:
+            sums.add(through(look(batch.inputs[batch.tokens[index]])))
+    return sums.take_hessian()
+
+
+def _as_called(rows: Tensor) -> Tensor:
+    return rows

@@ -5,9 +5,11 @@ that are quantized. `unpack_experts_` puts a module in their place that computes
 ``E.gate_proj``, ``E.up_proj`` and ``E.down_proj``. Its weights are views: nothing is copied.
 
 An expert's linears are called once for all tokens that the router sends there. The price is a
-product an expert in place of one grouped product.
+product an expert in place of one grouped product. For whoever recorded what the list was called
+with, `ExpertList.routes` says which tokens these are and `ExpertList.inner` what reaches down_proj.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +29,13 @@ class Expert(nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
 
     def forward(self, inputs: Float[Tensor, "n d"], activation: nn.Module) -> Tensor:
-        hidden = activation(self.gate_proj(inputs)) * self.up_proj(inputs)
-        output: Tensor = self.down_proj(hidden)
+        output: Tensor = self.down_proj(self.inner(activation)(inputs))
         return output
+
+    def inner(self, activation: nn.Module) -> Callable[[Tensor], Tensor]:
+        """What makes the input of ``down_proj``, with the linears that are in place now."""
+        gate, up = self.gate_proj, self.up_proj
+        return lambda inputs: activation(gate(inputs)) * up(inputs)
 
 
 class ExpertList(nn.Module):
@@ -54,12 +60,24 @@ class ExpertList(nn.Module):
     ) -> Float[Tensor, "n d"]:
         """The sum of the outputs of each token's ``chosen`` experts, with these weights."""
         total = torch.zeros_like(inputs)
-        for index in chosen.unique().tolist():
-            tokens, places = (chosen == index).nonzero(as_tuple=True)
+        for index, tokens, places in self.routes(chosen):
             output = self.get_submodule(str(index))(inputs[tokens], self.act_fn)
             output = output * weights[tokens, places, None]
             total.index_add_(0, tokens, output.to(total.dtype))
         return total
+
+    def inner(self, index: int) -> Callable[[Tensor], Tensor]:
+        """`Expert.inner` of one of them: it stays what it is when its linears are replaced."""
+        expert: Any = self.get_submodule(str(index))
+        made: Callable[[Tensor], Tensor] = expert.inner(self.act_fn)
+        return made
+
+    @staticmethod
+    def routes(chosen: Int64[Tensor, "n k"]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each expert that is chosen, its tokens in their order, and its place in their choice."""
+        for index in chosen.unique().tolist():
+            tokens, places = (chosen == index).nonzero(as_tuple=True)
+            yield index, tokens, places
 
 
 def unpack_experts_(model: nn.Module, family: Family) -> None:
