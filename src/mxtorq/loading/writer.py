@@ -22,7 +22,7 @@ from mxtorq.export.checkpoint import (
     write_transforms,
 )
 from mxtorq.export.compressed_tensors import WEIGHTS_FILE, quantization_config
-from mxtorq.loading.at_rest import stored_value
+from mxtorq.loading.at_rest import stored_parts, stored_value
 from mxtorq.loading.checkpoint import restored_layers
 from mxtorq.loading.skeleton import empty_, stored_names
 from mxtorq.loading.source import Source
@@ -127,8 +127,9 @@ def verify(folder: Path, source: Source, before: LayerInput, after: Tensor) -> N
         hidden = output[0] if isinstance(output, tuple) else output  # older transformers
     _require_equal("numbers behind the last layer", after, hidden)
     for name in outside_layers(source):
-        found = contents.weights.tensor(name)
-        _require_equal(f"numbers of {name}", stored_value(source, name), found)
+        for rows, expected in stored_parts(source, name):
+            found = contents.weights.tensor(name, rows)
+            _require_equal(f"numbers of {name}", expected, found)
 
 
 def _require_equal(what: str, expected: Tensor, found: Tensor) -> None:
