@@ -4,8 +4,8 @@
 
 Writes a checkpoint with the shape of a known model and random BF16 weights, shard by shard, into a
 folder that is removed again (16 GB for 32 layers of Llama-3-8B), and quantizes it in a process of
-its own for each method with its rounding. Its peak of resident memory is the operating system's figure for the
-whole process, the libraries included. Random weights say nothing about quality.
+its own for each method with its rounding. Its peak of resident memory is the operating system's
+figure for the whole process, the libraries included. Random weights say nothing about quality.
 """
 
 import argparse

@@ -68,12 +68,10 @@ class Rounding(ABC):
         weight: Float32[Tensor, "d_out d"],
         hessian: Callable[[], Tensor],
         scale: Scale,
-        *,
-        backend: Backend | str = Backend.AUTO,
     ) -> MXFP4 | ScaledE2M1:
         """As `round`, for a Hessian that nobody else needs: what ``hessian`` gives may be
         overwritten."""
-        return self.round(weight, hessian, scale, backend=backend)
+        return self.round(weight, hessian, scale)
 
 
 def require_finite(weight: Float32[Tensor, "d_out d"]) -> None:
