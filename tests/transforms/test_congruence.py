@@ -38,7 +38,9 @@ def test_panels_are_all_rows() -> None:
         assert torch.equal(torch.cat([rows[:0], *(rows[here] for here in panels(width))]), rows)
 
 
-@pytest.mark.parametrize("spec", ["identity", "hadamard", "torq", "duquant", "wush", "perq"])
+@pytest.mark.parametrize(
+    "spec", ["identity", "hadamard", "torq", "duquant++:steps=2", "wush", "perq"]
+)
 def test_statistics_are_changed_in_place_if_they_may_be(spec: str) -> None:
     site = oracles.statistics(1056)
     transform = parse_method(spec).fit(site, seed=0)

@@ -30,10 +30,7 @@ def stored_value(source: Source, name: str) -> Tensor:
     Raises:
         ModelError: it holds NaN or Inf.
     """
-    value = torch.empty(source.model.get_parameter(name).shape, dtype=torch.bfloat16)
-    for rows, part in stored_parts(source, name):
-        value[rows] = part
-    return value
+    return _put_(torch.empty(_shape(source, name), dtype=torch.bfloat16), source, name)
 
 
 def stored_parts(source: Source, name: str) -> Iterator[tuple[slice, Tensor]]:
@@ -109,10 +106,41 @@ def keep_stored_(layer: nn.Module) -> None:
 def _read_(source: Source, prefix: str, dtype: torch.dtype) -> None:
     names = [name for name, _ in source.model.named_parameters() if name.startswith(prefix)]
 
+    places = _places(source, names)
+
     def read(name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        stored = leaf == "weight" and isinstance(source.model.get_submodule(path), StoredLinear)
-        value = stored_value(source, name)
-        return value.to(source.device, torch.bfloat16 if stored else dtype)
+        if name in places:
+            return _put_(places[name], source, name)
+        return stored_value(source, name).to(source.device, dtype)
 
     fill_(source.model, names, read)
+
+
+def _places(source: Source, names: list[str]) -> dict[str, Tensor]:
+    """Memory for the weights that stay in BF16: one piece for all experts' linears of a name.
+
+    Hundreds of pieces of a few MB would come from the heap, which keeps what is given back to it
+    between others; one large piece is the operating system's again when its last weight is gone.
+    """
+    together: dict[str, list[str]] = {}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        if leaf == "weight" and isinstance(source.model.get_submodule(path), StoredLinear):
+            together.setdefault(path.rpartition(".")[2], []).append(name)
+    places = {}
+    for alike in together.values():
+        sizes = [_shape(source, name).numel() for name in alike]
+        piece = torch.empty(sum(sizes), dtype=torch.bfloat16, device=source.device)
+        for name, part in zip(alike, piece.split(sizes), strict=True):
+            places[name] = part.view(_shape(source, name))
+    return places
+
+
+def _put_(place: Tensor, source: Source, name: str) -> Tensor:
+    for rows, part in stored_parts(source, name):
+        place[rows] = part
+    return place
+
+
+def _shape(source: Source, name: str) -> torch.Size:
+    return source.model.get_parameter(name).shape
