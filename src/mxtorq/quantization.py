@@ -279,13 +279,24 @@ def round_site_(
     """
     rounding = recipe.rounding.round_ if len(groups) == 1 else recipe.rounding.round
     originals = {path: linear_at(layer, path) for path in site.linears}
-    weights: dict[str, MXFP4 | ScaledE2M1] = {}
+    order = [path for group in groups for path in group.linears]
+    rows = [originals[path].out_features for path in order]
+    kept: MXFP4 | ScaledE2M1 | None = None
+    done = 0
     for group in groups:
         linears = [originals[path] for path in group.linears]
         codes = rounding(fused_weights(linears, transform), group.hessian, recipe.scale_rule)
-        rows = [linear.out_features for linear in linears]
-        parts = zip(*(part.split(rows) for part in codes), strict=True)
-        weights |= zip(group.linears, (type(codes)(*part) for part in parts), strict=True)
+        if len(groups) == 1:
+            kept = codes
+            break
+        if kept is None:  # small pieces that stay would leave holes in the heap behind each group
+            kept = type(codes)(*(part.new_empty(sum(rows), part.shape[1]) for part in codes))
+        for place, part in zip(kept, codes, strict=True):
+            place[done : done + len(part)] = part
+        done += len(codes[0])
+    assert kept is not None
+    parts = zip(*(part.split(rows) for part in kept), strict=True)
+    weights = {path: type(kept)(*part) for path, part in zip(order, parts, strict=True)}
     quantize_site_(layer, site, transform, weights, recipe.scale_rule)
     return output_error(
         (group.sample, originals[path], layer.get_submodule(path))
