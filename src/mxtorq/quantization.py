@@ -291,8 +291,8 @@ def round_site_(
             break
         if kept is None:  # small pieces that stay would leave holes in the heap behind each group
             kept = type(codes)(*(part.new_empty(sum(rows), part.shape[1]) for part in codes))
-        for place, part in zip(kept, codes, strict=True):
-            place[done : done + len(part)] = part
+        for whole, part in zip(kept, codes, strict=True):
+            whole[done : done + len(part)] = part
         done += len(codes[0])
     assert kept is not None
     parts = zip(*(part.split(rows) for part in kept), strict=True)
