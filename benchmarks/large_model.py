@@ -1,11 +1,11 @@
 """What a model that does not fit takes: peak memory and time of `quantize`, from disk to disk.
 
-    python benchmarks/large_model.py --layers 32 --methods hadamard,torq --roundings rtn,rtn
+    python benchmarks/large_model.py --shape llama-3-8b --methods hadamard,torq --roundings rtn,gptq
 
-Writes a checkpoint with the shape of Llama-3-8B and random BF16 weights, shard by shard, into a
-folder that is removed again (16 GB for 32 layers), and quantizes it in a process of its own for
-each method with its rounding. Its peak of resident memory is the operating system's figure for the
-whole process, the libraries included. Random weights say nothing about quality.
+Writes a checkpoint with the shape of a known model and random BF16 weights, shard by shard, into a
+folder that is removed again (16 GB for 32 layers of Llama-3-8B), and quantizes it in a process of
+its own for each method with its rounding. Its peak of resident memory is the operating system's
+figure for the whole process, the libraries included. Random weights say nothing about quality.
 """
 
 import argparse
@@ -21,21 +21,46 @@ from typing import Any
 
 from record import add_outputs, heading, provenance, table, write
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3-8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
+    "qwen3-30b-a3b": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    },
 }
-"""Llama-3-8B's config.json, as far as shapes go."""
+"""The config.json of models, as far as shapes go."""
 
 PACKAGES = ("mxtorq", "torch", "transformers", "safetensors", "numpy", "numba")
 CHILD = """
@@ -55,49 +80,38 @@ print(json.dumps({"seconds": time.perf_counter() - started, "peak_kib": peak}))
 """
 
 
-def write_model(folder: Path, layers: int) -> int:
+def write_model(folder: Path, shape: dict[str, Any], layers: int) -> int:
     """A checkpoint with random weights, a shard a layer; returns its bytes."""
     import torch
     from safetensors.torch import save_file
 
-    width, middle = SHAPE["hidden_size"], SHAPE["intermediate_size"]
-    values = SHAPE["num_key_value_heads"] * width // SHAPE["num_attention_heads"]
+    from mxtorq.loading.skeleton import empty_model, stored_names
+    from mxtorq.models import FAMILIES
+
+    config = {**shape, "num_hidden_layers": layers}
+    family = next(f for f in FAMILIES.values() if f.model_type == shape["model_type"])
+    model = empty_model(config, family)
     draw = torch.Generator().manual_seed(0)
-
-    def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, 0.02, generator=draw)
-
+    shards: dict[str, list[str]] = {}
+    for name in stored_names(model, family):
+        inside = name.removeprefix(f"{family.layers}.").split(".")[0]
+        shard = f"layer-{int(inside):03d}" if inside.isdigit() else name.removesuffix(".weight")
+        shards.setdefault(f"model-{shard}.safetensors", []).append(name)
     table: dict[str, str] = {}
     total = 0
-
-    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal total
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        table.update(dict.fromkeys(tensors, name))
+    for file, names in shards.items():
+        tensors = {}
+        for name in names:
+            made = torch.empty(model.get_parameter(name).shape, dtype=torch.bfloat16)
+            # Norms are one.
+            tensors[name] = (
+                made.fill_(1) if made.dim() == 1 else made.normal_(0, 0.02, generator=draw)
+            )
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        table.update(dict.fromkeys(names, file))
         total += sum(t.numel() * t.element_size() for t in tensors.values())
-
-    for index in range(layers):
-        shapes = {
-            "self_attn.q_proj": (width, width),
-            "self_attn.k_proj": (values, width),
-            "self_attn.v_proj": (values, width),
-            "self_attn.o_proj": (width, width),
-            "mlp.gate_proj": (middle, width),
-            "mlp.up_proj": (middle, width),
-            "mlp.down_proj": (width, middle),
-        }
-        prefix = f"model.layers.{index}."
-        tensors = {f"{prefix}{name}.weight": matrix(*shape) for name, shape in shapes.items()}
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            tensors[f"{prefix}{norm}.weight"] = torch.ones(width, dtype=torch.bfloat16)
-        shard(f"model-layer-{index:03d}.safetensors", tensors)
-    for name in ("model.embed_tokens", "lm_head"):
-        shard(f"model-{name}.safetensors", {f"{name}.weight": matrix(SHAPE["vocab_size"], width)})
-    ones = torch.ones(width, dtype=torch.bfloat16)
-    shard("model-norm.safetensors", {"model.norm.weight": ones})
     index_text = json.dumps({"metadata": {"total_size": total}, "weight_map": table})
     (folder / "model.safetensors.index.json").write_text(index_text, encoding="utf-8")
-    config = {**SHAPE, "num_hidden_layers": layers}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with as_file(files("mxtorq.embedded") / "model") as reference:
         for path in reference.glob("tokenizer*"):
@@ -110,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--methods", default="hadamard", help="separated by commas")
     parser.add_argument("--roundings", default="rtn", help="one for each method")
@@ -124,7 +139,7 @@ def main() -> None:
         folder = Path(scratch) / "model"
         folder.mkdir()
         started = time.perf_counter()
-        size = write_model(folder, args.layers)
+        size = write_model(folder, SHAPES[args.shape], args.layers)
         print(f"{size / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s", file=sys.stderr)
         for method, rounding in runs:
             out = Path(scratch) / "out"
@@ -135,7 +150,7 @@ def main() -> None:
             written = sum(path.stat().st_size for path in out.iterdir())
             shutil.rmtree(out)
             rows.append({"method": method, "rounding": rounding, **found, "bytes": written})
-    options = {name: getattr(args, name) for name in ("layers", "tokens", "seqlen")}
+    options = {name: getattr(args, name) for name in ("shape", "layers", "tokens", "seqlen")}
     schema = {"schema": "mxtorq.benchmarks.large_model", "version": 1}
     record = {**schema, **provenance(PACKAGES), **options, "model_bytes": size, "rows": rows}
     columns = ["method", "rounding", "peak GiB", "minutes", "checkpoint GB"]
@@ -147,7 +162,7 @@ def main() -> None:
         for row in rows
     ]
     text = (
-        f"Shape of Llama-3-8B, {args.layers} layers, {size / 1e9:.1f} GB of random BF16 weights, "
+        f"Shape of {args.shape}, {args.layers} layers, {size / 1e9:.1f} GB of random BF16 weights, "
         f"{args.tokens} tokens in windows of {args.seqlen}."
     )
     write(args, record, "\n\n".join([heading(record), text, table(columns, lines, 2)]))

@@ -33,7 +33,7 @@ from mxtorq.loading.at_rest import embedded, staged_
 from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family, Site
 from mxtorq.surgery.fuse import quantize_site_, require_fit
-from mxtorq.surgery.linear import fused_weight, linear_at
+from mxtorq.surgery.linear import fused_weights, linear_at
 from mxtorq.surgery.network import network
 from mxtorq.surgery.offline import apply_offline_, round_kept_
 from mxtorq.surgery.rescale import is_norm, merge_diagonal_
@@ -151,7 +151,7 @@ def quantize_layers_(
         with Stopwatch() as searching:
             fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
         fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
-        hessians = rounding_hessians(layer, sites, inputs, fitted, statistics, recipe)
+        hessians = rounding_hessians_(layer, sites, inputs, fitted, statistics, recipe)
         moments = expert_moments(fitted, recipe)
         routed = capture_experts(layer, family.experts, sites, inputs, moments)
         entries: list[SiteEntry] = []
@@ -213,7 +213,8 @@ def merge_diagonals_(
     """Merge what can be merged; returns what is left online, and statistics that fit it.
 
     All sites come before any is rounded: the factors of o_in and down_in change rows of v_proj and
-    up_proj, which other sites read. A matrix that stays in BF16 is left alone.
+    up_proj, which other sites read. A matrix that stays in BF16 is left alone. The second moments
+    of ``statistics`` are rescaled where they are.
     """
     rest, seen = dict(fitted), dict(statistics)
     quantized = {path for site in sites.values() for path in site.linears}
@@ -221,7 +222,7 @@ def merge_diagonals_(
         if quantized.issuperset(site.sources) or is_norm(layer, site.source):
             rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
             if factors is not None:
-                seen[name] = statistics[name].rescaled(factors)
+                seen[name] = statistics[name].rescaled(factors, overwrite=True)
     rest = {name: part.to(statistics[name].amax.device) for name, part in rest.items()}
     return rest, {
         name: replace(seen[name], weights=reader_weights(layer, site))
@@ -229,23 +230,35 @@ def merge_diagonals_(
     }
 
 
-def rounding_hessians(
+def rounding_hessians_(
     layer: nn.Module,
     sites: dict[str, Site],
     inputs: Sequence[LayerInput],
     transforms: Mapping[str, Transform],
-    statistics: Mapping[str, SiteStatistics],
+    statistics: dict[str, SiteStatistics],
     recipe: Recipe,
 ) -> dict[str, Callable[[], Tensor]]:
-    """What gives a rounding the Hessian of each site's transformed inputs, when it asks."""
-    if recipe.rounding.sees_rounded_inputs:
+    """What gives a rounding the Hessian of each site's transformed inputs, when it asks: once.
+
+    ``statistics`` are left without second moments and weights, which nothing needs any more. So a
+    Hessian ends with the rounding that asked for it, and a weight when its linear is replaced.
+    """
+    rounding = recipe.rounding
+    plain = rounding.needs_hessian and not rounding.sees_rounded_inputs
+    moments = {}
+    for name, seen in list(statistics.items()):
+        statistics[name] = replace(seen, second_moment=None, weights=())
+        moments[name] = replace(
+            statistics[name], second_moment=seen.second_moment if plain else None
+        )
+    if rounding.sees_rounded_inputs:
         through = {
             name: partial(_through, transform, recipe.scale_rule)
             for name, transform in transforms.items()
         }
         rounded = capture_hessians(layer, sites, inputs, through)
-        return {name: partial(rounded.__getitem__, name) for name in sites}
-    return {name: partial(statistics[name].transformed_hessian, transforms[name]) for name in sites}
+        return {name: partial(rounded.pop, name) for name in sites}
+    return {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
 
 
 def expert_moments(
@@ -288,15 +301,28 @@ def round_site_(
     """Fuse, round and replace the linears of a site; returns the output error on the samples.
 
     The linears of a group are rounded as one stacked matrix, as GPTQ's Hessian is one for them.
+    Where there are several groups, some may share a Hessian, so none is given away.
     """
+    rounding = recipe.rounding.round_ if len(groups) == 1 else recipe.rounding.round
     originals = {path: linear_at(layer, path) for path in site.linears}
-    weights: dict[str, MXFP4 | ScaledE2M1] = {}
+    order = [path for group in groups for path in group.linears]
+    rows = [originals[path].out_features for path in order]
+    kept: MXFP4 | ScaledE2M1 | None = None
+    done = 0
     for group in groups:
-        fused = [fused_weight(originals[path], transform).float() for path in group.linears]
-        codes = recipe.rounding.round(torch.cat(fused), group.hessian, recipe.scale_rule)
-        rows = [len(weight) for weight in fused]
-        parts = zip(*(part.split(rows) for part in codes), strict=True)
-        weights |= zip(group.linears, (type(codes)(*part) for part in parts), strict=True)
+        linears = [originals[path] for path in group.linears]
+        codes = rounding(fused_weights(linears, transform), group.hessian, recipe.scale_rule)
+        if len(groups) == 1:
+            kept = codes
+            break
+        if kept is None:  # small pieces that stay would leave holes in the heap behind each group
+            kept = type(codes)(*(part.new_empty(sum(rows), part.shape[1]) for part in codes))
+        for whole, part in zip(kept, codes, strict=True):
+            whole[done : done + len(part)] = part
+        done += len(codes[0])
+    assert kept is not None
+    parts = zip(*(part.split(rows) for part in kept), strict=True)
+    weights = {path: type(kept)(*part) for path, part in zip(order, parts, strict=True)}
     quantize_site_(layer, site, transform, weights, recipe.scale_rule)
     return output_error(
         (group.sample, originals[path], layer.get_submodule(path))
@@ -339,3 +365,9 @@ def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:
     return transform.apply(values.float())
+
+
+def _take_hessian_(
+    statistics: dict[str, SiteStatistics], name: str, transform: Transform
+) -> Tensor:
+    return statistics.pop(name).transformed_hessian(transform, overwrite=True)

@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import tiny_models
 from mxtorq import pipeline
 from mxtorq.calibration.capture import first_layer_inputs
-from mxtorq.config import Recipe, parse_method
+from mxtorq.config import Recipe, parse_method, parse_rounding
 from mxtorq.errors import ModelError
 from mxtorq.export import checkpoint
-from mxtorq.loading.at_rest import embedded, staged_, stored_value
+from mxtorq.loading import at_rest
+from mxtorq.loading.at_rest import embedded, staged_, stored_parts, stored_value
 from mxtorq.loading.source import load_source
 from mxtorq.models import FAMILIES
+from mxtorq.quantization import quantize_
 
 CPU = torch.device("cpu")
 
@@ -26,7 +29,8 @@ def dtypes(module: torch.nn.Module) -> set[tuple[str, torch.dtype]]:
     return {(parameter.device.type, parameter.dtype) for parameter in module.parameters()}
 
 
-READ, AT_REST = {("cpu", torch.float32)}, {("meta", torch.bfloat16)}
+READ = {("cpu", torch.float32), ("cpu", torch.bfloat16)}
+AT_REST = {("meta", torch.bfloat16)}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -50,7 +54,13 @@ def test_layers_are_read_one_ahead(name: str, tiny_folders: dict[str, Path]) -> 
     placed, read = (each.model.get_submodule(family.layers) for each in (whole, source))
     found = dict(read.named_parameters())
     assert list(found) == [key for key, _ in placed.named_parameters()]
-    assert all(torch.equal(found[key], value) for key, value in placed.named_parameters())
+    assert all(torch.equal(found[key].float(), value) for key, value in placed.named_parameters())
+    linears = [path for path, part in read.named_modules() if isinstance(part, nn.Linear)]
+    narrow = {key: value for key, value in found.items() if value.dtype == torch.bfloat16}
+    assert set(narrow) == {f"{path}.weight" for path in linears}
+    # All experts' linears of a name lie in one piece, which is no heap's to keep.
+    kinds = {(key.split(".")[0], key.split(".")[-2]) for key in narrow}
+    assert len({value.untyped_storage().data_ptr() for value in narrow.values()}) == len(kinds)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -72,6 +82,65 @@ def test_the_first_layer_gets_the_same(name: str, tiny_folders: dict[str, Path])
             assert torch.equal(mine, theirs)
 
 
+RECIPES = [
+    ("hadamard", "rtn"),
+    ("torq", "gptq"),
+    ("smoothquant:sites=all", "gptq"),
+    ("duquant++:steps=4", "gptq:inputs=rounded"),
+    ("wush", "gptq:order=backward"),
+]
+
+
+@pytest.mark.parametrize(("method", "rounding"), RECIPES)
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_the_bits_are_those_of_the_model_in_memory(
+    name: str, method: str, rounding: str, tiny_folders: dict[str, Path], story: Path
+) -> None:
+    """Layers whose weights wait in BF16 and layers that are in float32 as a whole."""
+    recipe = Recipe(
+        method=parse_method(method),
+        rounding=parse_rounding(rounding),
+        calibration=str(story),
+        calibration_tokens=512,
+        seqlen=64,
+    )
+    found = []
+    for kept_on_disk in (True, False):
+        source = load_source(str(tiny_folders[name]), CPU, at_rest=kept_on_disk)
+        layers: list[dict[str, torch.Tensor]] = []
+        quantized = quantize_(
+            source,
+            pipeline.calibrate(source, recipe).ids,
+            recipe,
+            pipeline.silent,
+            lambda index, layer, kept=layers: kept.append(layer.state_dict()),  # type: ignore[misc]
+        )
+        found.append((layers, quantized))
+    (layers, one), (expected, other) = found
+    assert len(layers) == len(expected) > 1
+    for layer, like in zip(layers, expected, strict=True):
+        assert list(layer) == list(like)
+        assert any(key.endswith("weight_packed") for key in layer)
+        assert all(torch.equal(layer[key], like[key]) for key in layer)
+    assert torch.equal(one.probe.after, other.probe.after)
+    assert one.sites == other.sites
+
+
+def test_parts_are_the_value(
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_rest, "_NUMBERS", 100)
+    expected = load_file(tiny_folders["llama"] / "model.safetensors")
+    for kept_on_disk in (True, False):
+        source = load_source(str(tiny_folders["llama"]), CPU, at_rest=kept_on_disk)
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            parts = list(stored_parts(source, name))
+            assert [rows.stop for rows, _ in parts[:-1]] == [rows.start for rows, _ in parts[1:]]
+            assert torch.equal(torch.cat([part for _, part in parts]), expected[name])
+            assert torch.equal(stored_value(source, name), expected[name])
+        assert len(parts) == 1
+
+
 def test_what_cannot_be_read_is_refused(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(tiny_folders["llama"], tmp_path / "m"))
     path = folder / "model.safetensors"
@@ -81,12 +150,16 @@ def test_what_cannot_be_read_is_refused(tiny_folders: dict[str, Path], tmp_path:
         save_file(wrong, path, metadata={"format": "pt"})
         with pytest.raises(ModelError, match=f"1 tensors missing or of another shape.*{key}"):
             load_source(str(folder), CPU, at_rest=True)
-    bad = good[key].clone()
-    bad[0, 0] = float("nan")
-    save_file({**good, key: bad}, path, metadata={"format": "pt"})
-    source = load_source(str(folder), CPU, at_rest=True)  # nothing is read yet
-    with pytest.raises(ModelError, match=f"NaN or Inf in {key}"):
-        list(staged_(source))
+    for wrong_number in ("nan", "inf", "-inf"):
+        bad = good[key].clone()
+        bad[-1, -1] = float(wrong_number)
+        save_file({**good, key: bad}, path, metadata={"format": "pt"})
+        source = load_source(str(folder), CPU, at_rest=True)  # nothing is read yet
+        with pytest.raises(ModelError, match=f"NaN or Inf in {key}"):
+            list(staged_(source))
+    largest = torch.full_like(bad, torch.finfo(torch.bfloat16).max)
+    save_file({**good, key: largest}, path, metadata={"format": "pt"})
+    assert torch.equal(stored_value(load_source(str(folder), CPU, at_rest=True), key), largest)
 
 
 def test_every_dtype_becomes_bfloat16(tiny_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -52,6 +52,20 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_rows_are_read_alone(sharded: Path) -> None:
+    shards = open_shards(sharded, REFUSE)
+    for name, length in (("a", 3), ("b", 7), ("c", 4), ("d", 0)):
+        whole = shards.tensor(name)
+        for start in range(length + 1):
+            for stop in range(start, length + 1):
+                rows = shards.tensor(name, slice(start, stop))
+                assert torch.equal(rows, whole[start:stop])
+                assert (rows.dtype, rows.shape[1:]) == (whole.dtype, whole.shape[1:])
+        for start, stop in ((0, length + 1), (-1, 0), (1, 0)):
+            with pytest.raises(ModelError, match=f"no rows {start} to {stop} in '{name}'"):
+                shards.tensor(name, slice(start, stop))
+
+
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / "model.safetensors.index.json"
     content = json.loads(path.read_text())

@@ -5,7 +5,7 @@ import torch
 
 import oracles
 from mxtorq.errors import FormatError
-from mxtorq.rounding.factor import factorize
+from mxtorq.rounding.factor import factorize, factorize_
 
 EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
@@ -39,6 +39,33 @@ def test_it_is_the_factor_of_the_damped_hessian(order: str, width: int) -> None:
     size = damped.diagonal().sqrt()
     bound = ((width + 1) * EPS64 * 2 + 2 * EPS32) * size[:, None] * size
     assert ((root @ root.T - damped).abs() <= bound).all()
+
+
+def test_it_says_whether_it_is_of_all_moments() -> None:
+    moment = oracles.spd(64, 1.0, seed=1)
+    assert factorize(moment, torch.arange(64), 0.01).complete
+    moment[7, 7] = 0.0  # and the rest of its row is not
+    assert not factorize(moment, torch.arange(64), 0.01).complete
+    moment[7], moment[:, 7] = 0.0, 0.0
+    assert factorize(moment, torch.arange(64), 0.01).complete
+
+
+@pytest.mark.parametrize("width", [64, 1056])
+def test_in_place_is_the_same(width: int) -> None:
+    """And takes no other matrix of that size in float64: the factor lies where the Hessian lay."""
+    moment = oracles.spd(width, 1e4, seed=1)
+    moment[5], moment[:, 5] = 0.0, 0.0
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(2))
+    before = moment.clone()
+    expected = factorize(moment, order, 0.01)
+    assert torch.equal(moment, before)
+    found = factorize_(moment, order, 0.01)
+    assert all(
+        torch.equal(*map(torch.as_tensor, pair)) for pair in zip(found, expected, strict=True)
+    )
+    lower = moment.T  # in the reverse order
+    assert torch.equal(lower, lower.tril())
+    assert torch.equal(lower.diagonal().flip(0), found.pivots)
 
 
 def test_follow_is_that_of_the_inverse() -> None:

@@ -13,6 +13,7 @@ from mxtorq.kernels.dispatch import dequantize, quantize
 from mxtorq.rounding import goal as module
 from mxtorq.rounding.factor import Factor, factorize
 from mxtorq.rounding.goal import Sums, better_rows, bounds, goal, no_sums
+from mxtorq.rounding.half import halve
 
 
 def weight(rows: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -95,6 +96,7 @@ def test_who_wins_is_what_float64_says(kind: str, width: int) -> None:
     found = better_rows(sums, width, ours, plain, w, moment, factor)
     expected = goal(ours, w, moment) < goal(plain, w, moment)
     assert torch.equal(found, expected)
+    assert torch.equal(better_rows(sums, width, ours, plain, w, halve(moment), factor), expected)
     assert not found[::5].any()
     assert found.any()
     assert not found[1::5].all()

@@ -20,6 +20,7 @@ from mxtorq.formats.scales import (
 )
 from mxtorq.kernels.dispatch import dequantize
 from mxtorq.rounding import ROUNDINGS
+from mxtorq.rounding import gptq as module
 from mxtorq.rounding.goal import goal
 from mxtorq.rounding.gptq import GPTQ, GroupScales, Inputs, Order
 from mxtorq.rounding.rtn import RTN
@@ -392,6 +393,33 @@ def test_rows_are_independent() -> None:
     some = GPTQ().compensated(w[2:5].contiguous(), moment, ScaleRule.FLOOR)
     assert torch.equal(some[0], codes[2:5])
     assert torch.equal(some[1], scales[2:5])
+
+
+@pytest.mark.parametrize("scale", [ScaleRule.FLOOR6, *NonOCPScale])
+@pytest.mark.parametrize("exponents", [1, 3])
+def test_rows_that_are_rounded_together_do_not_matter(
+    scale: Scale, exponents: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exponents == 3 and not isinstance(scale, ScaleRule):
+        return
+    w, moment = weight(150, 96), correlated(96)
+    expected = GPTQ(exponents=exponents).round(w, lambda: moment, scale)
+    runs = []
+    run = GPTQ._run
+    monkeypatch.setattr(GPTQ, "_run", lambda *args: runs.append(len(args[1])) or run(*args))
+    monkeypatch.setattr(module, "_NUMBERS", 96 * 64)
+    assert same(GPTQ(exponents=exponents).round(w, lambda: moment, scale), expected)
+    assert runs == ([150] if scale is NonOCPScale.LOG256 else [64, 64, 22])
+
+
+@pytest.mark.parametrize("order", list(Order))
+def test_a_hessian_that_is_given_away_is_overwritten(order: Order) -> None:
+    rounding = GPTQ(order=order, scales=GroupScales.STATIC)
+    w, moment = weight(70, 96), correlated(96)
+    given = moment.clone()
+    expected = rounding.round(w, lambda: moment, ScaleRule.FLOOR)
+    assert same(rounding.round_(w, lambda: given, ScaleRule.FLOOR), expected)
+    assert not torch.equal(given, moment)
 
 
 # What is refused

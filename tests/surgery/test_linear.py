@@ -7,7 +7,14 @@ from torch import nn
 from mxtorq.errors import ModelError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import dequantize, fake_quantize, quantize
-from mxtorq.surgery.linear import MXFP4Linear, TransformedLinear, linear_at
+from mxtorq.surgery.linear import (
+    MXFP4Linear,
+    StoredLinear,
+    TransformedLinear,
+    fused_weight,
+    fused_weights,
+    linear_at,
+)
 from mxtorq.transforms.hadamard import sylvester
 from mxtorq.transforms.rotation import BlockRotation
 
@@ -66,6 +73,39 @@ def test_transformed_linear_keeps_the_function() -> None:
     x = torch.randn(9, 64, dtype=torch.float64)
     bound = 4 * 64 * torch.finfo(torch.float64).eps * (x.norm(dim=1).max() * linear.weight.norm())
     assert (changed(x) - linear(x)).abs().max() <= bound
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stored_weight_computes_as_a_wide_one(bias: bool) -> None:
+    torch.manual_seed(2)
+    wide = nn.Linear(64, 5, bias=bias)
+    with torch.no_grad():
+        wide.weight.copy_(wide.weight.bfloat16())
+    stored = StoredLinear.like(wide)
+    assert {parameter.device.type for parameter in stored.parameters()} == {"meta"}
+    stored.weight, stored.bias = nn.Parameter(wide.weight.bfloat16(), False), wide.bias
+    x = torch.randn(9, 64)
+    assert torch.equal(stored(x), wide(x))
+    assert stored.weight.dtype == torch.bfloat16
+    stored.widen_()
+    assert stored.weight.dtype == torch.float32
+    assert torch.equal(stored(x), wide(x))
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_linears_are_fused_one_below_the_other(stored: bool) -> None:
+    """Two and a bit of what is fused at once, and one that is smaller."""
+    torch.manual_seed(3)
+    linears = [nn.Linear(96, rows, bias=False) for rows in (1100, 7)]
+    if stored:
+        for linear in linears:
+            linear.weight = nn.Parameter(linear.weight.bfloat16(), False)
+    rotation = BlockRotation(96, sylvester(32))
+    fused = fused_weights(linears, rotation)
+    expected = torch.cat([fused_weight(linear, rotation) for linear in linears])
+    # Either sums 32 products in float64, in an order of its own, and is rounded to float32.
+    bound = torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (fused - expected).abs().max() <= bound
 
 
 def test_what_is_no_linear_is_refused() -> None:

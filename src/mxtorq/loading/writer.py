@@ -16,7 +16,7 @@ from mxtorq.errors import VerificationError
 from mxtorq.export.checkpoint import place_tensors, place_transforms, read_checkpoint, write_config
 from mxtorq.export.compressed_tensors import WEIGHTS_FILE, quantization_config
 from mxtorq.export.unfinished import Unfinished
-from mxtorq.loading.at_rest import stored_value
+from mxtorq.loading.at_rest import stored_parts, stored_value
 from mxtorq.loading.checkpoint import restored_layers
 from mxtorq.loading.skeleton import stored_names
 from mxtorq.loading.source import Source
@@ -104,8 +104,9 @@ def verify(folder: Path, source: Source, before: LayerInput, after: Tensor) -> N
         hidden = output[0] if isinstance(output, tuple) else output  # older transformers
     _require_equal("numbers behind the last layer", after, hidden)
     for name in outside_layers(source):
-        found = contents.weights.tensor(name)
-        _require_equal(f"numbers of {name}", stored_value(source, name), found)
+        for rows, expected in stored_parts(source, name):
+            found = contents.weights.tensor(name, rows)
+            _require_equal(f"numbers of {name}", expected, found)
 
 
 def _require_equal(what: str, expected: Tensor, found: Tensor) -> None:

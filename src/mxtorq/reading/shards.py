@@ -2,8 +2,8 @@
 
 A model is one file (``model.safetensors``) or many that an index names
 (``model.safetensors.index.json``). `open_shards` reads and checks all headers, which takes a
-millisecond a file and no memory for tensors; `Shards.tensor` then reads one tensor. That is what a
-model larger than memory is read by, layer after layer.
+millisecond a file and no memory for tensors; `Shards.tensor` then reads one tensor, or some of its
+rows. That is what a model larger than memory is read by, layer after layer.
 
 What an index may name are files *in* the folder: plain names, without a separator. An entry of the
 folder may itself be a symbolic link and is followed, since the hub's cache is made of them
@@ -16,6 +16,7 @@ price is one copy, which costs no more than the page faults of a map.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,21 +75,31 @@ class Shards:
             raise self.refuse(f"no tensor {name!r:.200} in {', '.join(self.files)}")
         return self.entries[name]
 
-    def tensor(self, name: str) -> Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """A copy of a tensor in aligned memory of its own; nothing else is read.
 
+        Args:
+            name: which.
+            rows: from where to where on its first axis; all of it unless given.
+
         Raises:
-            MxtorqError: there is no such tensor, its file has changed since it was opened, or the
-                disk fails.
+            MxtorqError: there is no such tensor or it has no such rows, its file has changed since
+                it was opened, or the disk fails.
         """
         entry = self.entry(name)
-        values = torch.empty(entry.nbytes, dtype=torch.uint8)
+        first, shape = entry.start, entry.shape
+        if rows is not None:
+            if not 0 <= rows.start <= rows.stop <= (shape[0] if shape else 0):
+                raise self.refuse(f"no rows {rows.start} to {rows.stop} in {name!r:.200} {shape}")
+            shape = (rows.stop - rows.start, *shape[1:])
+            first += rows.start * math.prod(shape[1:]) * entry.dtype.itemsize
+        values = torch.empty(math.prod(shape) * entry.dtype.itemsize, dtype=torch.uint8)
         rest = values.numpy().data
         try:
             with entry.path.open("rb", buffering=0) as file:
                 if stamp(os.fstat(file.fileno())) != self.stamps[entry.path]:
                     raise self._changed(entry)
-                file.seek(entry.start)
+                file.seek(first)
                 while rest:  # Linux hands out at most 2 GiB a call
                     count = file.readinto(rest)
                     if not count:
@@ -98,7 +109,7 @@ class Shards:
             raise self.refuse(f"{entry.path.name}: {type(error).__name__}: {error}") from error
         if entry.dtype == torch.bool and bool((values > 1).any()):
             raise self.refuse(f"{name!r:.200} with bytes above 1", "a BOOL is a byte 0 or 1")
-        return values.view(entry.dtype).view(entry.shape)
+        return values.view(entry.dtype).view(shape)
 
     def below(self, prefix: str) -> dict[str, Tensor]:
         """The tensors ``PREFIX.NAME`` by NAME. Raises as `tensor`."""

@@ -63,6 +63,16 @@ class Rounding(ABC):
             FormatError: 32 does not divide d.
         """
 
+    def round_(
+        self,
+        weight: Float32[Tensor, "d_out d"],
+        hessian: Callable[[], Tensor],
+        scale: Scale,
+    ) -> MXFP4 | ScaledE2M1:
+        """As `round`, for a Hessian that nobody else needs: what ``hessian`` gives may be
+        overwritten."""
+        return self.round(weight, hessian, scale)
+
 
 def require_finite(weight: Float32[Tensor, "d_out d"]) -> None:
     """Refuse a weight that no code stands for.

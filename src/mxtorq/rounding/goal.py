@@ -30,6 +30,7 @@ from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import ScaledE2M1
 from mxtorq.kernels.dispatch import dequantize
 from mxtorq.rounding.factor import Factor
+from mxtorq.rounding.half import Half
 
 _ROWS = 1024  # rows whose goal is computed at once
 _PANEL = 512  # components of e R that are computed at once, and terms of their sums
@@ -99,7 +100,7 @@ def better_rows(
     ours: MXFP4 | ScaledE2M1,
     plain: MXFP4 | ScaledE2M1,
     weight: Float32[Tensor, "d_out d"],
-    moment: Float64[Tensor, "d d"],
+    moment: Float64[Tensor, "d d"] | Half,
     factor: Factor,
 ) -> Bool[Tensor, " d_out"]:
     """Where our goal is strictly below that of the plain codes.
@@ -117,8 +118,7 @@ def better_rows(
     better = torch.zeros(len(weight), dtype=torch.bool, device=weight.device)
     alike = [(one == other).all(1) for one, other in zip(ours, plain, strict=True)]
     unclear = ~torch.stack(alike).all(0)
-    # The factor holds no moment of a channel that was never seen: there should be none.
-    if not bool(moment[moment.diagonal() == 0].any()):
+    if factor.complete:  # else there are moments of a channel that was never seen, of no inputs
         for start in range(0, len(weight), _ROWS):
             rows = slice(start, start + _ROWS)
             if bool(unclear[rows].any()):
@@ -172,11 +172,12 @@ def _by_goal(
     ours: MXFP4 | ScaledE2M1,
     plain: MXFP4 | ScaledE2M1,
     weight: Float32[Tensor, "d_out d"],
-    moment: Float64[Tensor, "d d"],
+    moment: Float64[Tensor, "d d"] | Half,
 ) -> Bool[Tensor, " d_out"]:
     """Which of some rows have the smaller goal."""
     better, here = torch.zeros_like(rows), rows.nonzero().flatten()
     if len(here):
+        moment = moment.whole() if isinstance(moment, Half) else moment
         goals = [goal(_rows(codes, here), weight[here], moment) for codes in (ours, plain)]
         better[here] = goals[0] < goals[1]
     return better

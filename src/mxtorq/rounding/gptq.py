@@ -19,7 +19,7 @@ rounding the whole tensor's. A channel that calibration never saw (H_jj = 0) is 
 original sets its weights to 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -30,15 +30,19 @@ from torch import Tensor
 from mxtorq.errors import ModelError, UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, as_blocks
-from mxtorq.formats.scales import Scale, ScaledE2M1, assemble
+from mxtorq.formats.scales import NonOCPScale, Scale, ScaledE2M1, assemble
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import Backend
 from mxtorq.rounding.base import Rounding
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
-from mxtorq.rounding.factor import Factor, factorize
+from mxtorq.rounding.factor import Factor, factorize, factorize_
 from mxtorq.rounding.goal import Sums, better_rows, no_sums
 from mxtorq.rounding.group import fix_group_
+from mxtorq.rounding.half import halve
 from mxtorq.rounding.rtn import RTN
+
+_NUMBERS = 2**24
+"""Of a weight, that are rounded together on a CPU; elsewhere 128 times more."""
 
 
 class Order(StrEnum):
@@ -129,15 +133,37 @@ class GPTQ(Rounding):
             ModelError: weight or Hessian hold NaN or Inf.
             FormatError: 32 does not divide d, or the damped Hessian is not positive definite.
         """
+        return self.round_(weight, lambda: hessian().clone(), scale, backend=backend)
+
+    def round_(
+        self,
+        weight: Float32[Tensor, "d_out d"],
+        hessian: Callable[[], Tensor],
+        scale: Scale,
+        *,
+        backend: Backend | str = Backend.AUTO,
+    ) -> MXFP4 | ScaledE2M1:
+        """As `round`; the Hessian is overwritten.
+
+        Raises:
+            MxtorqError: as `round`.
+        """
         self.check(scale)
         plain = RTN(exponents=self.exponents).round(weight, hessian, scale, backend=backend)
         moment = _required(hessian().to(weight.device, torch.float64), weight)
-        factor = factorize(moment, self._column_order(moment), self.damping)
-        codes, scales, sums = self._run(weight, factor, scale, backend)
-        mine = assemble(codes, scales, scale)
+        order, half = self._column_order(moment), halve(moment)
+        factor = factorize_(moment, order, self.damping)
+        del moment
+        found = []
+        for rows in _steps(weight, scale):
+            codes, scales, sums = self._run(weight[rows], factor, scale, backend)
+            found.append((*sums, *assemble(codes, scales, scale)))
+        parts = [torch.cat(each) for each in zip(*found, strict=True)]
+        sums, mine = Sums(*parts[:3]), type(plain)(*parts[3:])
         # Strictly: where nothing is gained the bits are those of plain rounding, signed zeros too.
-        terms = self.block + len(scales[0]) + 2 * len(weight[0]) // self.block
-        better = better_rows(sums, terms, mine, plain, weight, moment, factor)[:, None]
+        width = weight.shape[1]
+        terms = self.block + width // BLOCK + 2 * width // self.block
+        better = better_rows(sums, terms, mine, plain, weight, half, factor)[:, None]
         pairs = zip(mine, plain, strict=True)
         return type(plain)(*(torch.where(better, ours, theirs) for ours, theirs in pairs))
 
@@ -208,6 +234,17 @@ class GPTQ(Rounding):
             return moment.diagonal().argsort(descending=True, stable=True)
         columns = torch.arange(len(moment), device=moment.device)
         return columns if self.order is Order.FORWARD else columns.flip(0)
+
+
+def _steps(weight: Float32[Tensor, "d_out d"], scale: Scale) -> Iterator[slice]:
+    """Rows whose scratch, thrice the size of their weights, is in memory at once.
+
+    Rows do not know each other, but under a scale that looks at all of them.
+    """
+    rows, width = weight.shape
+    most = _NUMBERS if weight.device.type == "cpu" else 128 * _NUMBERS
+    step = rows if scale is NonOCPScale.LOG256 else max(BLOCK, most // width // BLOCK * BLOCK)
+    return (slice(start, start + step) for start in range(0, rows, max(1, step)))
 
 
 def _required(

@@ -5,14 +5,16 @@ transform keeps the function. `MXFP4Linear` holds the packed weight, transforms 
 quantizes it dynamically per token and block, and multiplies the two dequantized operands. Their
 elements are exact in BF16 and their products in FP32, so this equals what an MXFP4 matrix unit
 computes up to the order of the FP32 sum and the output's rounding. `NonOCPLinear` does the same
-under scales that no matrix unit has: it can be evaluated and not be exported.
+under scales that no matrix unit has: it can be evaluated and not be exported. `StoredLinear` is not
+changed yet: it waits in BF16.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import psutil
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
@@ -22,6 +24,29 @@ from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.kernels.dispatch import dequantize, multiplies_packed, multiply_packed
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms.base import Transform
+
+_ROWS = 512  # of a weight that are fused together
+
+
+class StoredLinear(nn.Linear):
+    """A linear with its weight in BF16, as it is stored, under inputs in float32.
+
+    The weight is widened for each call, so the result has the bits of a float32 linear. What writes
+    to the weight calls `widen_` first: a product is no BF16 number.
+    """
+
+    @classmethod
+    def like(cls, linear: nn.Linear) -> "StoredLinear":
+        """One of the same shape, on ``meta``."""
+        bias = linear.bias is not None
+        return cls(linear.in_features, linear.out_features, bias, device="meta")
+
+    def forward(self, input: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
+        return nn.functional.linear(input, self.weight.to(input.dtype), self.bias)
+
+    def widen_(self) -> None:
+        """Hold the weight in float32 from here on."""
+        self.weight = nn.Parameter(self.weight.detach().float(), requires_grad=False)
 
 
 class TransformedLinear(nn.Module):
@@ -193,3 +218,18 @@ def linear_at(module: nn.Module, path: str) -> nn.Linear:
 def fused_weight(linear: nn.Linear, transform: Transform) -> Float64[Tensor, "d_out d"]:
     """W T^-T of a linear, in float64."""
     return transform.fuse(linear.weight.detach().double())
+
+
+def fused_weights(linears: Sequence[nn.Linear], transform: Transform) -> Float32[Tensor, "d_out d"]:
+    """`fused_weight` of linears that read one input, one below the other, rounded to float32.
+
+    Some rows at a time, so that float64 is a small part of it.
+    """
+    rows = [linear.out_features for linear in linears]
+    first = linears[0].weight
+    fused = torch.empty(sum(rows), transform.width, dtype=torch.float32, device=first.device)
+    for linear, target in zip(linears, fused.split(rows), strict=True):
+        parts = linear.weight.detach().split(_ROWS)
+        for part, here in zip(parts, target.split(_ROWS), strict=True):
+            here.copy_(transform.fuse(part.double()))
+    return fused

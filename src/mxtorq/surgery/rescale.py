@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mxtorq.errors import ModelError
 from mxtorq.models.family import Site
-from mxtorq.surgery.linear import linear_at
+from mxtorq.surgery.linear import StoredLinear, linear_at
 from mxtorq.transforms.base import Transform
 from mxtorq.transforms.chain import Chain, chain
 from mxtorq.transforms.diagonal import Diagonal
@@ -57,6 +57,7 @@ def rescale_site_(
     Raises:
         ModelError: the reader's width is no multiple of the source's.
     """
+    _widen_(layer, site)
     source: Any = layer.get_submodule(site.source)
     width = linear_at(layer, site.linears[0]).in_features
     repeats, rest = divmod(width, len(factors))
@@ -107,11 +108,20 @@ def merge_diagonal_(
     own = source_width(layer, site) == first.width and not site.kept_readers
     if not isinstance(first, Diagonal) or not own:
         return transform, None
-    wanted = first.factors.to(next(layer.parameters()).dtype)
+    _widen_(layer, site)
+    wanted = first.factors.to(linear_at(layer, site.linears[0]).weight.dtype)
     # Every channel has its own source here, so that no head is repeated: one head of all channels.
     applied = rescale_site_(layer, site, wanted, head_dim=len(wanted), kept=kept)
     rest = chain(*links[1:]) if len(links) > 1 else Identity(first.width)
     return rest, applied.double()
+
+
+def _widen_(layer: nn.Module, site: Site) -> None:
+    """Weights that wait in BF16 go to float32 before they are multiplied with anything."""
+    for path in (*site.sources, *site.linears, *site.kept_readers):
+        part = layer.get_submodule(path)
+        if isinstance(part, StoredLinear):
+            part.widen_()
 
 
 def _rounded(values: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -9,7 +9,6 @@ hold float64 tensors; they compute in the dtype of what they are applied to.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,8 +18,7 @@ from torch import Tensor
 from mxtorq.errors import UsageError
 from mxtorq.formats.spec import BLOCK
 from mxtorq.models.family import SiteName
-
-_PANEL = 512  # rows of a Hessian that are transformed together
+from mxtorq.transforms.congruence import congruence_
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,7 +39,7 @@ class SiteStatistics:
     sample: Float32[Tensor, "sampled d"]
     """Some of the tokens' inputs, drawn uniformly without replacement, in the order of the text."""
     weights: tuple[Float[Tensor, "_ d"], ...]
-    """The weight of each linear that reads the site."""
+    """The weight of each linear that reads the site, in the dtype in which the model holds it."""
 
     @property
     def width(self) -> int:
@@ -63,33 +61,42 @@ class SiteStatistics:
             )
         return self.second_moment
 
-    @cached_property
+    @property
     def weight(self) -> Float64[Tensor, "d_out d"]:
-        """The weights stacked: q, k and v, or gate and up, are one matrix to a method."""
+        """The weights stacked: q, k and v, or gate and up, are one matrix to a method.
+
+        Made anew for each that asks: it takes four times the memory of a model in BF16.
+        """
         return torch.cat([weight.double() for weight in self.weights])
 
-    def rescaled(self, factors: Float64[Tensor, " d"]) -> "SiteStatistics":
+    def rescaled(
+        self, factors: Float64[Tensor, " d"], *, overwrite: bool = False
+    ) -> "SiteStatistics":
         """The statistics of the same inputs, channel c multiplied with ``factors[c]``.
 
-        ``weights`` stay: whoever rescales the inputs knows what became of them.
+        ``weights`` stay: whoever rescales the inputs knows what became of them. With ``overwrite``
+        the second moment is rescaled where it is, and these statistics must not be used any more.
         """
+        moment = self.second_moment
+        if moment is not None:
+            moment = (moment if overwrite else moment.clone()).mul_(factors[:, None]).mul_(factors)
         return replace(
             self,
-            second_moment=None
-            if self.second_moment is None
-            else self.second_moment * factors[:, None] * factors,
+            second_moment=moment,
             amax=self.amax * factors.float(),
             sample=self.sample * factors.float(),
         )
 
-    def transformed_hessian(self, transform: "Transform") -> Float64[Tensor, "d d"]:
-        """The second moment of x T: T^T H T."""
-        half = transform.apply(self.hessian)
-        whole = torch.empty_like(half)
-        for start in range(0, len(half), _PANEL):  # no transposed copy of the whole
-            panel = half[:, start : start + _PANEL].T.contiguous()
-            whole[start : start + _PANEL] = transform.apply(panel)
-        return whole
+    def transformed_hessian(
+        self, transform: "Transform", *, overwrite: bool = False
+    ) -> Float64[Tensor, "d d"]:
+        """The second moment of x T: T^T H T.
+
+        With ``overwrite`` it is made where H is, and these statistics must not be used any more.
+        """
+        moment = self.hessian if overwrite else self.hessian.clone()
+        congruence_(moment, transform.apply)
+        return moment
 
     def transformed(self, transform: "Transform") -> "SiteStatistics":
         """The statistics of x T and W T^-T.
