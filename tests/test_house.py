@@ -39,6 +39,7 @@ LEVELS = {
     "loading": 6,
     "reports.render": 7,
     "config": 7,
+    "doctor": 7,
     "console": 8,
     "options": 8,
     "quantization": 8,

@@ -18,6 +18,7 @@ from mxtorq.console import (
     keep_record,
     progress_bars,
     report_contents,
+    report_diagnosis,
     report_results,
     report_written,
     require_writable,
@@ -311,6 +312,58 @@ def inspect(
         manifest = read_manifest(checkpoint)
         report_contents(checkpoint, manifest)
         write_record(json_path, manifest.to_json())
+
+
+@app.command(
+    epilog="Examples:\n\n"
+    "  mxtorq verify my-checkpoint --engine vllm-blackwell\n\n"
+    "  mxtorq verify my-checkpoint --original ./llama --json diagnosis.json"
+)
+def verify(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A folder of mxtorq's, compressed-tensors' or Quark's making.")
+    ],
+    original: Annotated[
+        str | None,
+        typer.Option("--original", help="The model that it was made from: " + MODEL_HELP),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option("--engine", help="Exit with 3 unless this engine runs it as W4A4."),
+    ] = None,
+    text: Text = None,
+    eval_tokens: EvalTokens = None,
+    family: OwnFamily = None,
+    json_path: Json = None,
+) -> None:
+    """Whether an MXFP4 checkpoint is sound, and which engine runs it as what.
+
+    Exit code 0: nothing is wrong. 3: something is. 1 and 2: it could not be examined.
+    """
+    with speaking("no results were written"):
+        from mxtorq.config import parse_family
+        from mxtorq.doctor.engines import ENGINES
+        from mxtorq.doctor.examination import TOKENS, examine
+        from mxtorq.reports.findings import SICK
+        from mxtorq.specs import unknown
+
+        if engine is not None and engine not in ENGINES:
+            raise unknown("engine", engine, ENGINES)
+        require_writable(json_path)
+        with progress_bars() as progress:
+            diagnosis = examine(
+                checkpoint,
+                original=original,
+                text=text or "stdlib",
+                tokens=eval_tokens or TOKENS,
+                family=parse_family(family),
+                progress=progress,
+            )
+        report_diagnosis(diagnosis)
+        write_record(json_path, diagnosis.to_json())
+        runs = {verdict.engine: verdict.runs_as for verdict in diagnosis.engines}
+        if not diagnosis.healthy or (engine is not None and runs[engine] != "W4A4"):
+            raise typer.Exit(SICK)
 
 
 def main() -> None:

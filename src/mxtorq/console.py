@@ -26,6 +26,8 @@ from rich.progress import (
 from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
 from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reports.diagnosis import diagnosis_tables
+from mxtorq.reports.findings import Diagnosis
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
 from mxtorq.reports.schema import LONGEST, Results
 
@@ -204,3 +206,12 @@ def report_contents(path: Path, manifest: Manifest) -> None:
     OUT.print(checkpoint_facts(manifest, str(path)))
     wide = OUT if OUT.is_terminal else Console(width=_PAGE)
     wide.print(checkpoint_sites(manifest))
+
+
+def report_diagnosis(diagnosis: Diagnosis) -> None:
+    """Say what an examination found."""
+    wide = OUT if OUT.is_terminal else Console(width=_PAGE)
+    for table in diagnosis_tables(diagnosis):
+        wide.print(table)
+    told = "Nothing is wrong." if diagnosis.healthy else "[bold red]Something is wrong.[/bold red]"
+    OUT.print(told)

@@ -1,0 +1,85 @@
+"""What each engine makes of a checkpoint: W4A4, W4A16, a refusal, or something else than it is.
+
+Facts about engines, as read in their sources (vLLM 0.33, transformers 5.23 with compressed-tensors
+0.20, SGLang 0.5.23) and partly run; a verdict is a function of what a checkpoint has.
+"""
+
+from collections.abc import Callable
+
+from mxtorq.doctor.subject import QUARK, Subject
+from mxtorq.export.compressed_tensors import OWN
+from mxtorq.reports.findings import Verdict
+
+_DROPPED = "transform_config is not read: the rotation would be dropped in silence"
+
+
+def verdicts(subject: Subject) -> tuple[Verdict, ...]:
+    """One for each engine."""
+    return tuple(
+        Verdict(engine=name, runs_as=runs_as, why=why)
+        for name, judge in ENGINES.items()
+        for runs_as, why in [judge(subject)]
+    )
+
+
+def _mxtorq(subject: Subject) -> tuple[str, str]:
+    if subject.manifest is not None:
+        return "W4A4", f"activations under {subject.manifest.scale_rules['activations']}"
+    return "refused", "mxtorq.load reads checkpoints with a manifest of its own"
+
+
+def _adapter(subject: Subject) -> tuple[str, str]:
+    return _mxtorq(subject) if subject.method == OWN else _transformers(subject)
+
+
+def _transformers(subject: Subject) -> tuple[str, str]:
+    if subject.method == OWN:
+        return "refused", "the tensors stand under a name that it does not look for"
+    if subject.method == QUARK:
+        return "W4A4", "through amd-quark's importer"
+    if subject.groups:
+        return "WRONG", _DROPPED
+    return "W4A4", "compressed-tensors rounds activations under even, on any device"
+
+
+def _vllm(kernel: str, runs_as: str) -> Callable[[Subject], tuple[str, str]]:
+    def judge(subject: Subject) -> tuple[str, str]:
+        if subject.method == OWN:
+            return "refused", "quant_method mxtorq needs the plugin"
+        if subject.groups and _biased(subject):
+            return "refused", "vLLM asserts that linears with an online transform have no bias"
+        note = "; tensor parallelism of rotated linears is refused" if subject.groups else ""
+        return runs_as, kernel + note
+
+    return judge
+
+
+def _plugin(subject: Subject) -> tuple[str, str]:
+    rule = "even" if subject.manifest is None else subject.manifest.scale_rules["activations"]
+    return "W4A4", f"activations under {rule}, on CPUs and on GPUs from SM80"
+
+
+def _sglang(subject: Subject) -> tuple[str, str]:
+    if subject.method == QUARK and not subject.rotated:
+        return "W4A4", "on ROCm gfx95 alone"
+    return "refused", "dense MXFP4 W4A4 is read from Quark's layout alone, without online rotations"
+
+
+def _biased(subject: Subject) -> bool:
+    rotated = {name for group in subject.groups for name in group.linears}
+    return any(f"{name}.bias" in subject.tensors.entries for name in rotated)
+
+
+ENGINES: dict[str, Callable[[Subject], tuple[str, str]]] = {
+    "mxtorq": _mxtorq,
+    "transformers": _transformers,
+    "transformers + mxtorq": _adapter,
+    "vllm-blackwell": _vllm("FlashInfer, activations under rceil", "W4A4"),
+    "vllm-hopper": _vllm("Marlin below SM100: activations stay in BF16, one warning line", "W4A16"),
+    "vllm-emulation": _vllm("--linear-backend emulation needs amd-quark; even", "W4A4"),
+    "vllm-rocm": _vllm("AITER on gfx950, its own rounding of scales", "W4A4"),
+    "vllm-cpu": lambda subject: ("refused", "no MXFP4 kernel for linears without the plugin"),
+    "vllm + mxtorq": _plugin,
+    "sglang": _sglang,
+}
+"""By the name that ``--engine`` takes."""
