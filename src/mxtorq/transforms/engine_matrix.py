@@ -1,0 +1,86 @@
+"""One 32 x 32 matrix for all blocks, as an engine applies it that keeps it in BF16.
+
+vLLM loads a matrix of compressed-tensors' ``transform_config`` in the model's dtype, divides it by
+the root of its size in place, multiplies, and rounds the product to BF16. So what it applies is not
+the R that was stored times that root but
+
+    M = bf16(bf16(R sqrt(n)) / sqrt(n))
+
+which is orthogonal to about 2^-8. Weights take the inverse of M, in float64, and nothing is lost
+but the rounding of x M itself, which is part of the map here, so that calibration and evaluation
+see what the engine will see.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor
+
+from mxtorq.errors import FormatError
+from mxtorq.transforms.base import Transform
+
+
+@dataclass(frozen=True, eq=False)
+class EngineMatrix(Transform):
+    """x' = bf16(x M) in every block; M holds BF16 values."""
+
+    kind: ClassVar[str] = "engine-matrix"
+    features: int
+    matrix: Float64[Tensor, "n n"]
+
+    def __post_init__(self) -> None:
+        exact = torch.equal(self.matrix, self.matrix.bfloat16().double())
+        singular = torch.linalg.svdvals(self.matrix)
+        if not exact or self.features % len(self.matrix) or not singular[-1] > 0.5 * singular[0]:
+            raise FormatError(
+                asked=f"a {self.kind} of {self.features} features",
+                found=f"a matrix {tuple(self.matrix.shape)} with singular values from "
+                f"{singular[-1]:.2e} to {singular[0]:.2e}",
+                why="it holds BF16 values, divides the features and is a rotation but for rounding",
+                todo="make it of an orthogonal matrix with `engine_matrix`",
+            )
+
+    @property
+    def width(self) -> int:
+        return self.features
+
+    def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        blocks = values.unflatten(-1, (-1, len(self.matrix)))
+        turned: Tensor = blocks @ self.matrix.to(values.device, values.dtype)
+        return turned.flatten(-2).bfloat16().to(values.dtype)
+
+    def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
+        blocks = weight.unflatten(-1, (-1, len(self.matrix)))
+        turned: Tensor = blocks @ torch.linalg.inv(self.matrix).T
+        return turned.flatten(-2)
+
+    @property
+    def multiply_adds(self) -> int:
+        return self.features * len(self.matrix)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"matrix": self.matrix}
+
+    @classmethod
+    def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "EngineMatrix":
+        return cls(width, tensors["matrix"])
+
+    @property
+    def stored(self) -> Tensor:
+        """What a checkpoint keeps in BF16: an engine makes M of it.
+
+        M is some BF16 number over the root. Where BF16 is finer around M than around M sqrt(n),
+        rounding M sqrt(n) finds that number again; where it is coarser, it may find a neighbour,
+        whose quotient is nearer to M than half of M's spacing, and so rounds to M as well.
+        """
+        return (self.matrix * math.sqrt(len(self.matrix))).bfloat16()
+
+
+def engine_matrix(features: int, rotation: Float64[Tensor, "n n"]) -> EngineMatrix:
+    """What an engine applies when it is given a rotation."""
+    root = math.sqrt(len(rotation))
+    return EngineMatrix(features, ((rotation * root).bfloat16() / root).double())
