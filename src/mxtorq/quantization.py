@@ -364,7 +364,7 @@ def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
 
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:
-    return transform.apply(values.float())
+    return transform.online(values.float())
 
 
 def _take_hessian_(

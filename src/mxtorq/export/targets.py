@@ -10,10 +10,10 @@ from enum import StrEnum
 
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.spec import BLOCK
 from mxtorq.transforms.base import Transform
 from mxtorq.transforms.engine_matrix import EngineMatrix, engine_matrix
 from mxtorq.transforms.rotation import BlockRotation
-from mxtorq.formats.spec import BLOCK
 
 
 class Target(StrEnum):
@@ -72,9 +72,7 @@ _CARDS = {
 }
 
 
-def carried(
-    transform: Transform, target: Target, site: str, *, plain: bool
-) -> Transform:
+def carried(transform: Transform, target: Target, site: str, *, plain: bool) -> Transform:
     """The transform as the target will really apply it.
 
     Args:

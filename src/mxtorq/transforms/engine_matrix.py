@@ -7,8 +7,7 @@ the R that was stored times that root but
     M = bf16(bf16(R sqrt(n)) / sqrt(n))
 
 which is orthogonal to about 2^-8. Weights take the inverse of M, in float64, and nothing is lost
-but the rounding of x M itself, which is part of the map here, so that calibration and evaluation
-see what the engine will see.
+but the rounding of x M itself. `online` does it, so that evaluation sees what the engine will see.
 """
 
 import math
@@ -26,7 +25,7 @@ from mxtorq.transforms.base import Transform
 
 @dataclass(frozen=True, eq=False)
 class EngineMatrix(Transform):
-    """x' = bf16(x M) in every block; M holds BF16 values."""
+    """x' = x M in every block; M holds BF16 values."""
 
     kind: ClassVar[str] = "engine-matrix"
     features: int
@@ -51,7 +50,11 @@ class EngineMatrix(Transform):
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         blocks = values.unflatten(-1, (-1, len(self.matrix)))
         turned: Tensor = blocks @ self.matrix.to(values.device, values.dtype)
-        return turned.flatten(-2).bfloat16().to(values.dtype)
+        return turned.flatten(-2)
+
+    def online(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        """bf16(x M)."""
+        return self.apply(values).bfloat16().to(values.dtype)
 
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         blocks = weight.unflatten(-1, (-1, len(self.matrix)))
