@@ -27,7 +27,7 @@ def test_what_is_stored_gives_the_matrix_again(size: int) -> None:
         loaded = made.stored.clone()
         loaded /= math.sqrt(size)
         assert loaded.dtype == torch.bfloat16
-        assert torch.equal(loaded.double(), made.matrix)
+        assert torch.equal(loaded.double(), made.block)
 
 
 def test_every_bf16_number_that_is_stored_comes_back() -> None:
@@ -42,7 +42,7 @@ def test_every_bf16_number_that_is_stored_comes_back() -> None:
 def test_products_are_kept_though_the_matrix_is_not_orthogonal() -> None:
     made = engine_matrix(WIDTH, rotations(1)[0])
     identity = torch.eye(32, dtype=torch.float64)
-    assert (made.matrix.T @ made.matrix - identity).abs().max() > 2.0**-12
+    assert (made.block.T @ made.block - identity).abs().max() > 2.0**-12
     x, w = torch.randn(7, WIDTH, dtype=torch.float64), torch.randn(5, WIDTH, dtype=torch.float64)
     bound = 4 * WIDTH * EPS * 2 * x.norm(dim=1)[:, None] * w.norm(dim=1)  # condition below 2
     assert ((made.apply(x) @ made.fuse(w).T - x @ w.T).abs() <= bound).all()

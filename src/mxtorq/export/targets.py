@@ -97,6 +97,6 @@ def carried(transform: Transform, target: Target, site: str, *, plain: bool) -> 
         asked=f"the target {target.value} for {site}",
         found=f"{found}, which has to run online",
         why=f"{card.why}; what an engine does not run it drops, and the numbers become noise",
-        todo="choose a method that leaves at most one 32 x 32 rotation (hadamard, duquant++ without "
-        "online factors) or nothing online (identity, smoothquant), or the target mxtorq",
+        todo="choose a method that leaves at most one 32 x 32 rotation online (hadamard), or "
+        "nothing (identity, smoothquant), or the target mxtorq",
     )

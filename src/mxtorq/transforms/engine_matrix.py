@@ -29,15 +29,15 @@ class EngineMatrix(Transform):
 
     kind: ClassVar[str] = "engine-matrix"
     features: int
-    matrix: Float64[Tensor, "n n"]
+    block: Float64[Tensor, "n n"]
 
     def __post_init__(self) -> None:
-        exact = torch.equal(self.matrix, self.matrix.bfloat16().double())
-        singular = torch.linalg.svdvals(self.matrix)
-        if not exact or self.features % len(self.matrix) or not singular[-1] > 0.5 * singular[0]:
+        exact = torch.equal(self.block, self.block.bfloat16().double())
+        singular = torch.linalg.svdvals(self.block)
+        if not exact or self.features % len(self.block) or not singular[-1] > 0.5 * singular[0]:
             raise FormatError(
                 asked=f"a {self.kind} of {self.features} features",
-                found=f"a matrix {tuple(self.matrix.shape)} with singular values from "
+                found=f"a matrix {tuple(self.block.shape)} with singular values from "
                 f"{singular[-1]:.2e} to {singular[0]:.2e}",
                 why="it holds BF16 values, divides the features and is a rotation but for rounding",
                 todo="make it of an orthogonal matrix with `engine_matrix`",
@@ -48,8 +48,8 @@ class EngineMatrix(Transform):
         return self.features
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
-        blocks = values.unflatten(-1, (-1, len(self.matrix)))
-        turned: Tensor = blocks @ self.matrix.to(values.device, values.dtype)
+        blocks = values.unflatten(-1, (-1, len(self.block)))
+        turned: Tensor = blocks @ self.block.to(values.device, values.dtype)
         return turned.flatten(-2)
 
     def online(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
@@ -57,20 +57,20 @@ class EngineMatrix(Transform):
         return self.apply(values).bfloat16().to(values.dtype)
 
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
-        blocks = weight.unflatten(-1, (-1, len(self.matrix)))
-        turned: Tensor = blocks @ torch.linalg.inv(self.matrix).T
+        blocks = weight.unflatten(-1, (-1, len(self.block)))
+        turned: Tensor = blocks @ torch.linalg.inv(self.block).T
         return turned.flatten(-2)
 
     @property
     def multiply_adds(self) -> int:
-        return self.features * len(self.matrix)
+        return self.features * len(self.block)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"matrix": self.matrix}
+        return {"block": self.block}
 
     @classmethod
     def from_tensors(cls, width: int, tensors: Mapping[str, Tensor]) -> "EngineMatrix":
-        return cls(width, tensors["matrix"])
+        return cls(width, tensors["block"])
 
     @property
     def stored(self) -> Tensor:
@@ -80,7 +80,7 @@ class EngineMatrix(Transform):
         rounding M sqrt(n) finds that number again; where it is coarser, it may find a neighbour,
         whose quotient is nearer to M than half of M's spacing, and so rounds to M as well.
         """
-        return (self.matrix * math.sqrt(len(self.matrix))).bfloat16()
+        return (self.block * math.sqrt(len(self.block))).bfloat16()
 
 
 def engine_matrix(features: int, rotation: Float64[Tensor, "n n"]) -> EngineMatrix:
