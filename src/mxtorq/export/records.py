@@ -22,6 +22,8 @@ from mxtorq.writing import fingerprint, write_text
 
 LONGEST = 32 * 2**20
 """Bytes of a record."""
+REQUEST = "run.json"
+"""The file that says what was asked for, and so whose folder it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,10 @@ def require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any
     Raises:
         OutputError: so it was; with the fields that differ.
     """
-    before, after = _flat(earlier), _flat(now)
+    try:
+        before, after = _flat(earlier), _flat(now)
+    except RecursionError:  # no request of ours is that deep
+        before, after = {REQUEST: "..."}, {}
     differing = [
         f"{name} = {before.get(name)!r:.100} (now {after.get(name)!r:.100})"
         for name in dict.fromkeys([*before, *after])

@@ -23,7 +23,6 @@ is known that a record is this run's, and its files what they were: see `records
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -34,10 +33,12 @@ from typing import Any
 from torch import Tensor
 
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
+from mxtorq.export.folders import discard, is_blank, listed, require_own_folder
 from mxtorq.export.manifest import FILE, SiteEntry, site_entries
 from mxtorq.export.output import alone, lock_file, log_file, parents, partial_folder, require_absent
 from mxtorq.export.records import (
     LONGEST,
+    REQUEST,
     LayerRecord,
     read_sealed,
     require_same,
@@ -51,7 +52,7 @@ from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import OfflineRotations, Rotation, Transform
 from mxtorq.writing import fingerprint, sync, write_tensors, write_text
 
-_REQUEST, _REMOVING, _PUBLISHED = "run.json", "removing.json", "published.json"
+_REMOVING, _PUBLISHED = "removing.json", "published.json"
 
 
 class Unfinished:
@@ -81,10 +82,10 @@ class Unfinished:
             CheckpointError: its files are damaged.
             OSError: the disk is full or refuses.
         """
-        _require_folder(self.folder)
+        require_own_folder(self.folder)
         if (self.folder / _REMOVING).exists():
             self.remove()
-        if (self.folder / _REQUEST).exists():
+        if (self.folder / REQUEST).exists():
             self._go_on()
         else:
             self._start()
@@ -92,18 +93,18 @@ class Unfinished:
 
     def _start(self) -> None:
         """Make the folder; an earlier process may have been killed while it did the same."""
-        strange = [path for path in _listed(self.folder) if not _is_blank(path)]
+        strange = [path for path in listed(self.folder) if not is_blank(path)]
         if strange:
             raise OutputError(
                 asked=f"the folder {self.folder} for an unfinished run",
-                found=f"{strange[0].name} and no {_REQUEST} in it",
+                found=f"{strange[0].name} and no {REQUEST} in it",
                 why="it is somebody else's, and nothing is overwritten or mixed with other files",
                 todo="name another output, or move that folder away",
             )
         try:
             for part in (self.folder, self.folder / "layers", self.activations):
                 part.mkdir(exist_ok=True)
-            write_text(self.folder / _REQUEST, json.dumps(self._request, indent=1) + "\n")
+            write_text(self.folder / REQUEST, json.dumps(self._request, indent=1) + "\n")
             sync(self.folder.parent)
         except BaseException:
             with suppress(OSError):
@@ -111,7 +112,7 @@ class Unfinished:
             raise
 
     def _go_on(self) -> None:
-        text = read_text(self.folder / _REQUEST, LONGEST, self._refuse)
+        text = read_text(self.folder / REQUEST, LONGEST, self._refuse)
         require_same(self.folder, parse_object(text, self._refuse), self._request)
         for part in (self.folder / "layers", self.activations):
             if os.path.lexists(part) and (part.is_symlink() or not part.is_dir()):
@@ -129,9 +130,9 @@ class Unfinished:
         if self.layers:
             self.log(f"going on: {self.finished} layers were finished before")
         for part in (self.folder / "layers", self.activations):
-            for path in _listed(part):  # of a layer that was not finished
+            for path in listed(part):  # of a layer that was not finished
                 if path not in named:
-                    _discard(path)
+                    discard(path)
 
     @property
     def finished(self) -> int:
@@ -175,9 +176,9 @@ class Unfinished:
         record = LayerRecord(sites=sites, kept=kept, files=files)
         seal = write_sealed(self._path(index, ".json"), asdict(record), self._seals[-1])
         self._add(record, seal)
-        for path in _listed(self.activations):
+        for path in listed(self.activations):
             if path.name not in activations:
-                _discard(path)
+                discard(path)
 
     def keep_rotations(self, rotations: OfflineRotations) -> None:
         """Remember what was chosen for the whole model. Raises `OSError`."""
@@ -238,7 +239,7 @@ class Unfinished:
             OSError: the disk is full or refuses.
         """
         folder = self.folder / "checkpoint"
-        _discard(folder)
+        discard(folder)
         folder.mkdir()
         yield folder
         for path in sorted(folder.iterdir()):
@@ -276,20 +277,20 @@ class Unfinished:
         Raises:
             OSError: the disk refuses.
         """
-        if (self.folder / _REQUEST).exists():
-            (self.folder / _REQUEST).rename(self.folder / _REMOVING)
+        if (self.folder / REQUEST).exists():
+            (self.folder / REQUEST).rename(self.folder / _REMOVING)
             sync(self.folder)  # before anything goes
-        for path in _listed(self.folder):
+        for path in listed(self.folder):
             if path.name != _REMOVING:
-                _discard(path)
+                discard(path)
         sync(self.folder)
-        _discard(self.folder / _REMOVING)
+        discard(self.folder / _REMOVING)
         self.folder.rmdir()
 
     @property
     def is_over(self) -> bool:
         """Whether the folder is what a kill left of a run that made OUT, or of no run at all."""
-        if (self.folder / _REMOVING).exists() or not _listed(self.folder):
+        if (self.folder / _REMOVING).exists() or not listed(self.folder):
             return True
         published, made = self.folder / _PUBLISHED, self.out / FILE
         if not (published.is_file() and made.is_file()):
@@ -390,34 +391,3 @@ def _told(error: BaseException) -> str:
 def _named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
     named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
     return named if rotations.residual is None else {"residual": rotations.residual, **named}
-
-
-def _require_folder(path: Path) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise OutputError(
-            asked=f"the folder {path} for an unfinished run",
-            found="a link or a file of that name",
-            why="an unfinished run lies beside its output, on the same disk",
-            todo="name another output, or move that file away",
-        )
-
-
-def _is_blank(path: Path) -> bool:
-    """Whether a process that was killed as it started may have left this."""
-    if path.is_symlink():
-        return False
-    if path.is_dir():
-        return path.name in ("layers", "activations") and not _listed(path)
-    return path.name == f".{_REQUEST}.writing"
-
-
-def _listed(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _discard(path: Path) -> None:
-    """Remove a file, a link, or a folder with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
