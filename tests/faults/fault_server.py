@@ -21,6 +21,7 @@ import os
 import random
 import signal
 import stat
+import subprocess
 import sys
 import time
 import warnings
@@ -270,6 +271,10 @@ def main() -> None:
         if "wait_for" in request:
             _, status = os.waitpid(request["wait_for"], 0)
             print(json.dumps({"status": status}), flush=True)
+            continue
+        if "command" in request:
+            done = subprocess.run(request["command"], capture_output=True, text=True, check=True)
+            print(json.dumps({"output": done.stdout}), flush=True)
             continue
         pid = os.fork()
         if not pid:

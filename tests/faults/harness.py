@@ -40,15 +40,19 @@ class Run:
     events: int = 0
     """Of an undisturbed run."""
     seconds: float = 0.0
+    largest: int = 0
+    """Bytes of its largest file."""
 
 
 class Server:
     """See `fault_server`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *prefix: str) -> None:
+        """``prefix``: a command that starts the server's."""
         self._folder, self._count = folder, 0
+        self._answers: dict[int, Path] = {}
         self._process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_server.py"))],
+            [*prefix, sys.executable, str(Path(__file__).with_name("fault_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -73,7 +77,7 @@ class Server:
             **more,
         }
         pid = int(self._say(request)["pid"])
-        self._answers = {**getattr(self, "_answers", {}), pid: self._answer(self._count)}
+        self._answers[pid] = self._answer(self._count)
         return pid
 
     def wait(self, pid: int) -> Ended:
@@ -98,6 +102,10 @@ class Server:
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)  # of one that has ended and was not waited for: nothing
         return self.wait(pid)
+
+    def call(self, *command: str) -> str:
+        """What a command says that is run where the server runs."""
+        return str(self._say({"command": command})["output"])
 
     def stop(self) -> None:
         assert self._process.stdin is not None
@@ -145,5 +153,6 @@ def undisturbed(server: Server, run: Run, out: Path) -> Run:
     ended = server.run(run, out, {"kind": "count"})
     assert ended.error is None, ended.message
     run.digest, run.events, run.seconds = digest(out), ended.events, ended.seconds
+    run.largest = max(path.stat().st_size for path in out.iterdir())
     assert set(beside(out)) - {f"{out.name}.log"} == {out.name}
     return run

@@ -279,11 +279,13 @@ class Unfinished:
         """
         if (self.folder / REQUEST).exists():
             (self.folder / REQUEST).rename(self.folder / _REMOVING)
-            sync(self.folder)  # before anything goes
+            with suppress(OSError):  # a disk that promises nothing can still let go
+                sync(self.folder)  # before anything goes
         for path in listed(self.folder):
             if path.name != _REMOVING:
                 discard(path)
-        sync(self.folder)
+        with suppress(OSError):
+            sync(self.folder)
         discard(self.folder / _REMOVING)
         self.folder.rmdir()
 
@@ -345,7 +347,7 @@ def unfinished(out: Path, request: Mapping[str, Any]) -> Iterator[Unfinished]:
             except OSError as error:  # the next call for this output tries again
                 run.log(f"{run.folder} could not be removed: {error}")
     except OSError as error:
-        kept = f"{run.finished} finished layers are kept" if run.is_of_use else "nothing is left"
+        kept = f"{run.finished} finished layers are kept" if run.is_of_use else "nothing is kept"
         raise OutputError(
             asked=f"a checkpoint in {out}",
             found=f"{type(error).__name__}: {error}",
