@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import tiny_models
 from faults.harness import Run, Server, undisturbed
 

@@ -174,7 +174,9 @@ class Disk:
             self.event("open")
         return _OPEN(path, flags, *args, **options)
 
-    def _open(self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **opts: Any) -> Any:
+    def _open(
+        self, file: Any, mode: str = "r", buffering: int = -1, *args: Any, **opts: Any
+    ) -> Any:
         writes = any(letter in mode for letter in "wax+")
         if not writes or isinstance(file, int) or not self.concerns(file):
             return _FILE(file, mode, buffering, *args, **opts)
@@ -256,12 +258,18 @@ def child(request: dict[str, Any]) -> NoReturn:
     os._exit(0)
 
 
+def say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def main() -> None:
-    import mxtorq.pipeline  # noqa: F401
-    from mxtorq.kernels import dispatch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
     from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+
+    import mxtorq.pipeline  # noqa: F401
+    from mxtorq.kernels import dispatch
 
     # Eager torch has the bits of the compiled kernels, and each child would load these anew.
     dispatch._installed = lambda name: False
@@ -270,16 +278,16 @@ def main() -> None:
         request = json.loads(line)
         if "wait_for" in request:
             _, status = os.waitpid(request["wait_for"], 0)
-            print(json.dumps({"status": status}), flush=True)
+            say(json.dumps({"status": status}))
             continue
         if "command" in request:
             done = subprocess.run(request["command"], capture_output=True, text=True, check=True)
-            print(json.dumps({"output": done.stdout}), flush=True)
+            say(json.dumps({"output": done.stdout}))
             continue
         pid = os.fork()
         if not pid:
             child(request)
-        print(json.dumps({"pid": pid}), flush=True)
+        say(json.dumps({"pid": pid}))
 
 
 if __name__ == "__main__":

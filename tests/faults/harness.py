@@ -58,7 +58,9 @@ class Server:
             text=True,
             env={
                 **os.environ,
-                **{"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+                "PYTHONDONTWRITEBYTECODE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
             },
         )
@@ -126,6 +128,11 @@ class Server:
         assert line, "the server has ended"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def say(text: str) -> None:
+    """Told by pytest where a test fails: which points it tried."""
+    sys.stdout.write(f"{text}\n")
 
 
 def digest(folder: Path) -> dict[str, str]:

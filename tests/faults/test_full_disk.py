@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right
+
+from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right, say
 from faults.test_kills import RUNS, SEED, points
 
 
@@ -43,11 +44,11 @@ def test_no_space_from_an_event_on(
     name: str, server: Server, runs: dict[str, Run], tmp_path: Path
 ) -> None:
     run, draw = runs[name], random.Random(f"{SEED}-{name}-full")
-    print(f"seed {SEED}")
+    say(f"seed {SEED}")
     for number, at in enumerate(points(run, 3 * FAULTS, draw)):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
-        print(f"{name}: no space from event {at}")
+        say(f"{name}: no space from event {at}")
         then(server, run, out, server.run(run, out, {"kind": "full", "at": at}))
 
 
@@ -55,11 +56,11 @@ def test_no_space_from_an_event_on(
 def test_a_single_error(name: str, server: Server, runs: dict[str, Run], tmp_path: Path) -> None:
     """Renames, removals and folders, too, may fail."""
     run, draw = runs[name], random.Random(f"{SEED}-{name}-once")
-    print(f"seed {SEED}")
+    say(f"seed {SEED}")
     for number, at in enumerate(points(run, 3 * FAULTS, draw)):
         out = tmp_path / str(number) / "new" / "out"
         out.parent.parent.mkdir()
-        print(f"{name}: an error at event {at}")
+        say(f"{name}: an error at event {at}")
         fault = {"kind": "once", "at": at}
         ended = server.run(run, out, fault, root=str(out.parent.parent))
         if ended.error is None and out.exists() and not (set(beside(out)) - {"out", "out.log"}):
@@ -70,9 +71,7 @@ def test_a_single_error(name: str, server: Server, runs: dict[str, Run], tmp_pat
             require_told(ended)
 
 
-def test_a_file_that_the_system_cuts(
-    server: Server, runs: dict[str, Run], tmp_path: Path
-) -> None:
+def test_a_file_that_the_system_cuts(server: Server, runs: dict[str, Run], tmp_path: Path) -> None:
     """A real failure in the middle of a file: no file may be larger than so much."""
     for name in ("kept", "rotated-spilled"):
         run = runs[name]
@@ -123,7 +122,7 @@ def test_a_small_disk(small: tuple[Server, Path], runs: dict[str, Run]) -> None:
             assert len(listed) >= finished  # what is finished is kept
             finished = len(listed)
             pages += 29
-        print(f"{name}: {failures} times too small, whole with {pages} pages")
+        say(f"{name}: {failures} times too small, whole with {pages} pages")
         assert failures > 2
         hashes = server.call("sh", "-c", f"cd {out} && find . -type f -exec sha256sum {{}} +")
         found = {line[66:].removeprefix("./"): line[:64] for line in hashes.splitlines()}

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right
+
+from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right, say
 
 RUNS = ("kept", "spilled", "rotated", "rotated-spilled")
 SEED = 20 if FAULTS == 1 else time.time_ns() % 2**32
@@ -39,12 +40,10 @@ def finish(server: Server, run: Run, out: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_before_an_event(
-    name: str, server: Server, runs: dict[str, Run], tmp_path: Path
-) -> None:
+def test_before_an_event(name: str, server: Server, runs: dict[str, Run], tmp_path: Path) -> None:
     """Twice, or more: the resumption is killed as well."""
     run, draw = runs[name], random.Random(f"{SEED}-{name}")
-    print(f"seed {SEED}")
+    say(f"seed {SEED}")
     for number, at in enumerate(points(run, 5 * FAULTS, draw)):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
@@ -52,24 +51,22 @@ def test_before_an_event(
         while not out.exists() and len(killed) < 2 + number % 2:
             again = draw.randint(1, run.events)
             killed.append(server.run(run, out, {"kind": "kill", "at": again}))
-        print(f"{name}: before event {at}, then {killed[1:]}")
+        say(f"{name}: before event {at}, then {killed[1:]}")
         assert killed[0].killed
         finish(server, run, out)
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_at_random_times(
-    name: str, server: Server, runs: dict[str, Run], tmp_path: Path
-) -> None:
+def test_at_random_times(name: str, server: Server, runs: dict[str, Run], tmp_path: Path) -> None:
     run, draw = runs[name], random.Random(f"{SEED}-{name}-times")
-    print(f"seed {SEED}")
+    say(f"seed {SEED}")
     for number in range(FAULTS):
         out = tmp_path / str(number) / "out"
         out.parent.mkdir()
         ended = [Ended(killed=True)]
         while ended[-1].killed and not out.exists() and len(ended) < 6:
             ended.append(server.run_for(run, out, draw.uniform(0, 1.2) * run.seconds))
-        print(f"{name}: {ended}")
+        say(f"{name}: {ended}")
         assert all(each.killed or each.error is None for each in ended)
         finish(server, run, out)
 
@@ -108,13 +105,13 @@ def named_at(run: Run, server: Server, out: Path) -> int:
 def test_a_power_cut(name: str, server: Server, runs: dict[str, Run], tmp_path: Path) -> None:
     """What the disk had for certain is enough to go on with, and so is any part of the rest."""
     run, draw = runs[name], random.Random(f"{SEED}-{name}-cuts")
-    print(f"seed {SEED}")
+    say(f"seed {SEED}")
     for number, at in enumerate(points(run, 3 * FAULTS, draw)):
         room, after = tmp_path / f"{number}", tmp_path / f"{number}-after"
         room.mkdir()
         fault = {"kind": "cut", "at": at, "image": str(after)}
         if number % 2:
             fault["seed"] = draw.randint(0, 2**31)
-        print(f"{name}: {fault}")
+        say(f"{name}: {fault}")
         assert server.run(run, room / "out", fault).killed
         finish(server, run, after / "out")
