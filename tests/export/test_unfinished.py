@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,19 @@ from mxtorq.export.output import alone, lock_file, log_file, partial_folder, req
 from mxtorq.export.records import REQUEST, seal_of
 from mxtorq.export.unfinished import Unfinished, finished_layers, require_free, unfinished
 from mxtorq.transforms.base import OfflineRotations
-from mxtorq.transforms.hadamard import Hadamard
+from mxtorq.transforms.kronecker import KroneckerRotation
 from mxtorq.writing import write_tensors, write_text
 
 REQUEST_OF = {"model": "m", "recipe": {"seed": 0, "method": {"name": "torq"}}, "tokens": (1, 2)}
+
+
+ROTATION = KroneckerRotation(
+    torch.tensor([1, -1, 1, 1, -1, 1], dtype=torch.float64),
+    (
+        torch.eye(3, dtype=torch.float64),
+        torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=torch.float64),
+    ),
+)
 
 
 def listing(folder: Path) -> list[str]:
@@ -132,13 +141,13 @@ def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
 
 def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match="nothing is overwritten"):
-        with unfinished(out, REQUEST_OF) as run:
-            finish_layer(run)
-            with run.checkpoint() as folder:
-                (folder / FILE).touch()
-                out.mkdir()
-                (out / "theirs").touch()
+    refused = pytest.raises(OutputError, match="nothing is overwritten")
+    with refused, unfinished(out, REQUEST_OF) as run:
+        finish_layer(run)
+        with run.checkpoint() as folder:
+            (folder / FILE).touch()
+            out.mkdir()
+            (out / "theirs").touch()
     assert listing(out) == ["theirs"]
     assert listing(tmp_path) == ["out", "out.log", "out.partial"]
 
@@ -317,7 +326,7 @@ def folder(tmp_path: Path) -> Path:
     """Of a run with three finished layers and rotations."""
     run = Unfinished(tmp_path / "out", REQUEST_OF)
     run.open()
-    run.keep_rotations(OfflineRotations(residual=Hadamard(32)))
+    run.keep_rotations(OfflineRotations(residual=ROTATION))
     for _ in range(3):
         finish_layer(run)
     return run.folder
@@ -407,7 +416,7 @@ def test_rotations_come_back(folder: Path) -> None:
     found = run.rotations()
     assert found is not None
     assert found.residual is not None
-    assert torch.equal(found.residual.matrix(), Hadamard(32).matrix())
+    assert torch.equal(found.residual.matrix(), ROTATION.matrix())
     assert found.heads == ()
 
 
@@ -415,14 +424,14 @@ RECORDS = [REQUEST, "layers/00000.json", "layers/00002.json", "rotations.json"]
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``folder``, for many examples."""
     run = Unfinished(tmp_path_factory.mktemp("state") / "out", REQUEST_OF)
     run.open()
-    run.keep_rotations(OfflineRotations(residual=Hadamard(32)))
+    run.keep_rotations(OfflineRotations(residual=ROTATION))
     for _ in range(3):
         finish_layer(run, states=1)
-    yield run.folder
+    return run.folder
 
 
 @pytest.mark.parametrize("name", RECORDS)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,11 @@ from typing import Any
 
 FAULTS = int(os.environ.get("MXTORQ_FAULTS", "1"))
 """How many times as many points as usual are tried."""
+
+
+RUNS = ("kept", "spilled", "rotated", "rotated-spilled")
+SEED = 20 if FAULTS == 1 else time.time_ns() % 2**32
+"""Of all that is drawn: the same points each time, unless more are asked for."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,20 @@ class Server:
         assert line, "the server has ended"
         answer: dict[str, Any] = json.loads(line)
         return answer
+
+
+def points(run: Run, count: int, draw: random.Random) -> list[int]:
+    """Events from the first to the last, one of each stretch of equal length."""
+    step = run.events / count
+    return [
+        draw.randint(int(i * step) + 1, max(int(i * step) + 1, int((i + 1) * step)))
+        for i in range(count)
+    ]
+
+
+def wait_until_stopped(pid: int) -> None:
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.005)
 
 
 def say(text: str) -> None:

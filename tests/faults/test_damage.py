@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mxtorq
-from faults.harness import Ended, Run, Server, beside, digest, require_right
+from faults.harness import Ended, Run, Server, beside, digest, require_right, wait_until_stopped
 from mxtorq.errors import CheckpointError
 from mxtorq.export.records import REQUEST
 
@@ -147,11 +147,6 @@ def test_a_model_that_changes_under_the_run(
     shutil.copy2(tmp_path / "kept", path)
     assert server.run(run, out).error is None
     assert digest(out) == digest(right)
-
-
-def wait_until_stopped(pid: int) -> None:
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
-        pass
 
 
 # An unfinished run.

@@ -12,8 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right, say
-from faults.test_kills import RUNS, SEED, points
+from faults.harness import (
+    FAULTS,
+    RUNS,
+    SEED,
+    Ended,
+    Run,
+    Server,
+    beside,
+    digest,
+    points,
+    require_right,
+    say,
+)
 
 
 def require_told(ended: Ended) -> None:

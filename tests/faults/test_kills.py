@@ -7,24 +7,23 @@ n times as many points, and other ones.
 
 import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
 
-from faults.harness import FAULTS, Ended, Run, Server, beside, digest, require_right, say
-
-RUNS = ("kept", "spilled", "rotated", "rotated-spilled")
-SEED = 20 if FAULTS == 1 else time.time_ns() % 2**32
-
-
-def points(run: Run, count: int, draw: random.Random) -> list[int]:
-    """Events from the first to the last, one of each stretch of equal length."""
-    step = run.events / count
-    return [
-        draw.randint(int(i * step) + 1, max(int(i * step) + 1, int((i + 1) * step)))
-        for i in range(count)
-    ]
+from faults.harness import (
+    FAULTS,
+    RUNS,
+    SEED,
+    Ended,
+    Run,
+    Server,
+    beside,
+    digest,
+    points,
+    require_right,
+    say,
+)
 
 
 def finish(server: Server, run: Run, out: Path) -> None:

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from faults.harness import Run, Server, beside, digest, require_right
-from faults.test_damage import wait_until_stopped
+from faults.harness import Run, Server, beside, digest, require_right, wait_until_stopped
 
 
 @pytest.mark.parametrize("part", [0, 0.3, 0.8])
