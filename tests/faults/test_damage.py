@@ -7,6 +7,7 @@ checkpoint.
 import json
 import os
 import shutil
+import signal
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_a_model_that_changes_under_the_run(
         os.truncate(path, path.stat().st_size // 2)
     else:
         path.unlink()
-    os.kill(pid, 18)  # SIGCONT
+    os.kill(pid, signal.SIGCONT)
     ended = server.wait(pid)
     assert ended.error == "ModelError", (ended.error, ended.message)
     assert "model-2.safetensors" in ended.message
@@ -312,7 +313,7 @@ def test_activations_that_change_under_the_run(
     pid = server.start(run, out, {"kind": "stop", "at": stop_in_layer(run, server, tmp_path)})
     wait_until_stopped(pid)
     flip(activation(tmp_path / "out.partial"), 0.9)
-    os.kill(pid, 18)
+    os.kill(pid, signal.SIGCONT)
     ended = server.wait(pid)
     assert ended.error == "CheckpointError", (ended.error, ended.message)
     assert "with other bytes than were written" in ended.message
