@@ -162,12 +162,18 @@ def unfinished(
     for name in ("spilled", "rotated"):
         run, room = runs[name], tmp_path_factory.mktemp(name)
         at = run.events // 4
-        while len(list(room.rglob("layers/*.json"))) < (2 if name == "spilled" else 1):
+        while not is_between(room / "out.partial", 2 if name == "spilled" else 1):
             shutil.rmtree(room / "out.partial", ignore_errors=True)
             assert server.run(run, room / "out", {"kind": "kill", "at": at}).killed
-            at += 6
+            at += 3
         folders[name] = room
     return folders
+
+
+def is_between(partial: Path, layers: int) -> bool:
+    """Whether so many layers are finished, and what led to them is gone."""
+    states = {path.name[:5] for path in partial.glob("activations/*")}
+    return len(list(partial.glob("layers/*.json"))) == layers and states == {f"{layers:05d}"}
 
 
 def resume(
