@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mxtorq.loading.writer
 import tiny_models
 from mxtorq import pipeline
 from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
@@ -28,6 +27,8 @@ from mxtorq.formats import reference
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize
 from mxtorq.loading.checkpoint import build_model, load
+from mxtorq.loading.source import Source
+from mxtorq.loading.writer import stored_tensors
 from mxtorq.quantization import quantize_
 from mxtorq.surgery.linear import MXFP4Linear, fused_weight
 from mxtorq.transforms import METHODS as ALL
@@ -390,19 +391,20 @@ def test_a_mismatch_after_writing_is_an_error_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A writer that stores one wrong code is caught by reading back."""
-    honest = mxtorq.loading.writer.stored_tensors
+    honest = stored_tensors
 
-    def lying(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-        tensors = {k: v.clone() for k, v in honest(layer).items()}
-        tensors["mlp.up_proj.weight_packed"][0, 0] ^= 0x07
+    def lying(source: Source, index: int, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+        tensors = {k: v.clone() for k, v in honest(source, index, layer).items()}
+        tensors[f"model.layers.{index}.mlp.up_proj.weight_packed"][0, 0] ^= 0x07
         return tensors
 
-    monkeypatch.setattr(mxtorq.loading.writer, "stored_tensors", lying)
+    monkeypatch.setattr(pipeline, "stored_tensors", lying)
     with pytest.raises(VerificationError, match="numbers behind the last layer differ"):
         pipeline.quantize(
             str(tiny_folders["llama"]), tmp_path / "out", recipe("torq", story), device="cpu"
         )
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.log"]
+    assert "VerificationError" in (tmp_path / "out.log").read_text()
 
 
 def test_errors_come_before_work_and_leave_nothing(

@@ -270,7 +270,7 @@ def demo(
 
         from mxtorq import pipeline
         from mxtorq.config import plan_from, recipe_from
-        from mxtorq.export.unfinished import require_absent
+        from mxtorq.export.output import require_absent
         from mxtorq.loading.source import REFERENCE
 
         rows = [{"method": "identity"}]

@@ -238,7 +238,7 @@ def request(source: Source, recipe: Recipe, windows: Windows) -> dict[str, Any]:
         "weights": source.fingerprint(),
         "config": json.loads(source.config.to_json_string()),
         "family": source.family.name,
-        "device": source.device.type,
+        "machine": machine(source.device),
         "recipe": recipe.to_dict(),
         "calibration": windows.record(),
         "versions": versions(),
@@ -344,6 +344,18 @@ def measure(
             "evaluation": windows.record(),
         },
     )
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What sums are ordered by: layers made elsewhere would not be reproduced bit by bit here."""
+    if device.type == "cpu":
+        return {
+            "device": "cpu",
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+        }
+    kind: Any = torch.get_device_module(device)
+    return {"device": device.type, "name": kind.get_device_name(device)}
 
 
 def versions() -> dict[str, str]:

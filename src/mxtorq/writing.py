@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write tensors under their names; returns ``sha256`` and ``bytes`` of the file.
 
     Raises:
-        OSError: the disk is full or refuses; there is no such file then.
+        OSError: as `written`.
     """
     parts = {
         name: (_NAMES[tensor.dtype], tuple(tensor.shape), tensor.numel() * tensor.element_size())
@@ -50,7 +50,7 @@ def join_files(path: Path, entries: Mapping[str, Entry]) -> dict[str, Any]:
     """Write the tensors of some files, by their headers, into one; returns as `write_tensors`.
 
     Raises:
-        OSError: as `write_tensors`, or a file ended early.
+        OSError: as `written`, or a file ended early.
     """
     parts = {name: (_NAMES[e.dtype], e.shape, e.nbytes) for name, e in entries.items()}
 
@@ -82,7 +82,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when the block ends well and the disk has its bytes.
 
     Raises:
-        OSError: the disk is full or refuses.
+        OSError: the disk is full or refuses; there is no such file then, unless it was the name
+            alone that the disk would not promise to keep.
     """
     staging = path.with_name(f".{path.name}.writing")
     try:
@@ -93,7 +94,8 @@ def written(path: Path) -> Iterator[BinaryIO]:
         staging.replace(path)
         sync(path.parent)
     except BaseException:
-        staging.unlink(missing_ok=True)
+        with suppress(OSError):  # the error that led here is the one to tell
+            staging.unlink(missing_ok=True)
         raise
 
 

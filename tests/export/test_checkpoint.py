@@ -1,115 +1,26 @@
-"""Folders appear whole or not at all, and are read with suspicion."""
+"""A checkpoint is placed from pieces and read with suspicion; how it appears: `test_unfinished`."""
 
+import errno
+import json
 import os
-import resource
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from mxtorq.errors import CheckpointError, OutputError
+from mxtorq.errors import CheckpointError
+from mxtorq.export import checkpoint
 from mxtorq.export.checkpoint import (
-    TensorWriter,
-    fingerprints,
-    output_folder,
+    place_tensors,
+    place_transforms,
     read_checkpoint,
     read_manifest,
-    require_absent,
     write_config,
     write_manifest,
-    write_transforms,
 )
 from mxtorq.export.compressed_tensors import quantization_config
 from mxtorq.export.manifest import Manifest
-
-
-def listing(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_the_folder_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
-    out = tmp_path / "new" / "deep" / "out"
-    with output_folder(out) as folder:
-        (folder / "file").write_text("content")
-        assert not out.exists()
-        assert folder.parent == out.parent
-    assert listing(out) == ["file"]
-    assert listing(out.parent) == ["out"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_any_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    out = tmp_path / "new" / "out"
-    with pytest.raises(error), output_folder(out) as folder:
-        (folder / "file").write_text("content")
-        raise error
-    assert listing(tmp_path) == []
-
-
-def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
-    for name, make in (("folder", Path.mkdir), ("file", Path.touch)):
-        make(tmp_path / name)
-        with pytest.raises(OutputError, match="nothing is overwritten"):
-            require_absent(tmp_path / name)
-    (tmp_path / "link").symlink_to("nowhere")
-    with pytest.raises(OutputError):
-        require_absent(tmp_path / "link")
-    with pytest.raises(OutputError, match="no folder that you may write to"):
-        require_absent(tmp_path / "file" / "below")
-
-
-def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with pytest.raises(OutputError), output_folder(out):
-        out.mkdir()
-        (out / "theirs").touch()
-    assert listing(out) == ["theirs"]
-    assert listing(tmp_path) == ["out"]
-
-
-def test_a_disk_without_room_is_refused_before_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OutputError, match="MB free"), output_folder(tmp_path / "out") as folder:
-        TensorWriter(folder).add({"w": torch.zeros(1000)})
-    assert listing(tmp_path) == []
-
-
-def test_a_write_that_the_system_stops_leaves_nothing(tmp_path: Path) -> None:
-    """A real failure in the middle of a file: the process may not write more than 100 kB."""
-    code = """
-import sys, torch
-from pathlib import Path
-from mxtorq.export.checkpoint import TensorWriter, output_folder
-from mxtorq.errors import OutputError
-try:
-    with output_folder(Path(sys.argv[1])) as folder:
-        TensorWriter(folder).add({"w": torch.zeros(1_000_000)})
-except OutputError as error:
-    print("refused:", error.found)
-"""
-
-    def limit() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error code instead of a signal
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        check=False,
-    )
-    assert "refused:" in done.stdout, done.stderr
-    assert listing(tmp_path) == []
-
+from mxtorq.writing import fingerprint, write_tensors
 
 CONFIG = {
     "model_type": "llama",
@@ -117,6 +28,7 @@ CONFIG = {
     "quantization_config": quantization_config(rotated=True, ignore=[]),
 }
 TENSORS = {"w": torch.arange(12).view(3, 4), "b": torch.ones(3, dtype=torch.bfloat16)}
+WEIGHTS = "mxtorq-model.safetensors"
 PARTS = {"site.rotation": torch.eye(2, dtype=torch.float64)}
 
 
@@ -136,19 +48,66 @@ def manifest(files: dict[str, dict[str, object]]) -> Manifest:
     )
 
 
+def fingerprints(folder: Path) -> dict[str, dict[str, object]]:
+    return {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
+
+
+def pieces(folder: Path, tensors: dict[str, torch.Tensor]) -> list[Path]:
+    """A file for each tensor."""
+    paths = [folder / f"{name}.safetensors" for name in tensors]
+    for path, (name, tensor) in zip(paths, tensors.items(), strict=True):
+        write_tensors(path, {name: tensor})
+    return paths
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A checkpoint, as far as its files go."""
-    made = tmp_path / "made"
+    made, parts = tmp_path / "made", tmp_path / "pieces"
     made.mkdir()
+    parts.mkdir()
     write_config(made, CONFIG)
-    write_transforms(made, PARTS)
-    writer = TensorWriter(made)
-    for name, tensor in TENSORS.items():
-        writer.add({name: tensor})
-    writer.finish("mxtorq-model.safetensors")
+    place_transforms(made, pieces(parts, PARTS))
+    place_tensors(made, WEIGHTS, pieces(parts, TENSORS))
     write_manifest(made, manifest(fingerprints(made)))
     return made
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_large_checkpoint_is_made_of_links_or_copies(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "no links on this disk")
+
+    monkeypatch.setattr(checkpoint, "SINGLE_FILE", 0)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    made = tmp_path / "made"
+    made.mkdir()
+    parts = pieces(tmp_path, TENSORS)
+    place_tensors(made, WEIGHTS, parts)
+    names = [f"mxtorq-model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+    assert sorted(path.name for path in made.iterdir()) == sorted([*names, f"{WEIGHTS}.index.json"])
+    for name, part in zip(names, parts, strict=True):
+        assert (made / name).read_bytes() == part.read_bytes()
+        assert (made / name).samefile(part) == links
+    index = json.loads((made / f"{WEIGHTS}.index.json").read_text())
+    assert index["weight_map"] == dict(zip(TENSORS, names, strict=True))
+    assert index["metadata"] == {"total_size": sum(t.nbytes for t in TENSORS.values())}
+
+
+def test_no_transforms_make_no_file(tmp_path: Path) -> None:
+    place_transforms(tmp_path, [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_piece_that_is_damaged_is_not_placed(tmp_path: Path) -> None:
+    parts = pieces(tmp_path, TENSORS)
+    os.truncate(parts[0], parts[0].stat().st_size - 1)
+    with pytest.raises(CheckpointError, match="checkpoint that is being written"):
+        place_tensors(tmp_path, WEIGHTS, parts)
+    assert not (tmp_path / WEIGHTS).exists()
 
 
 def list_files(folder: Path, **changes: object) -> None:

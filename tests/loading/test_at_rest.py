@@ -42,7 +42,8 @@ def test_layers_are_read_one_ahead(name: str, tiny_folders: dict[str, Path]) -> 
     assert (source.device, source.dtype) == (CPU, torch.float32)
     layers = list(source.model.get_submodule(family.layers).children())
     assert len(layers) > 1
-    for index, layer in enumerate(staged_(source)):
+    for number, (index, layer) in enumerate(staged_(source)):
+        assert index == number
         assert layer is layers[index]
         assert dtypes(layer) == READ
         if index + 1 < len(layers):

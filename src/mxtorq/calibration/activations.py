@@ -5,8 +5,10 @@ from there; one that may not take much memory reads them back from there when th
 are `StoredInput`: a file for each batch and layer, named when the disk has it. The file of the
 layer before stays until somebody says that the layer is finished.
 
-The bits are the same either way. The price is one write of tokens x width numbers a layer, and one
-read for each pass over a layer when the states do not stay in memory.
+The bits are the same either way: a file that is read is hashed the first time, and has to be the
+same file each further time. What an earlier process wrote was hashed against its record already.
+The price is one write of tokens x width numbers a layer, and one read for each pass over a layer
+when the states do not stay in memory.
 """
 
 from collections.abc import Iterator
@@ -19,8 +21,8 @@ from torch import Tensor
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import CheckpointError
 from mxtorq.reading.documents import Refusal
-from mxtorq.reading.shards import open_file
-from mxtorq.writing import write_tensors
+from mxtorq.reading.shards import Shards, open_file
+from mxtorq.writing import fingerprint, write_tensors
 
 _REFUSE = Refusal(
     kind=CheckpointError,
@@ -44,11 +46,13 @@ class StoredInput(LayerInput):
         keep: hold the states in memory as well.
         """
         self._folder, self._number, self._layer, self._keep = folder, number, layer, keep
-        self._shape, self._device = first.hidden.shape, first.hidden.device
+        self._shape, self._dtype = first.hidden.shape, first.hidden.dtype
+        self._device = first.hidden.device
         self.arguments = first.arguments
         self.facts: dict[str, Any] = {}
         """``sha256`` and ``bytes`` of the file that was written last."""
         self._value: Tensor | None = None
+        self._file: Shards | None = None
         if layer == 0 and keep:
             self._value = first.hidden
         elif layer == 0:
@@ -81,13 +85,25 @@ class StoredInput(LayerInput):
         self._write(value)
 
     def _write(self, value: Tensor) -> None:
-        self.facts = write_tensors(self.path, {"hidden": value})
+        self.facts, self._file = write_tensors(self.path, {"hidden": value}), None
 
     def _read(self) -> Tensor:
-        found = open_file(self.path, _REFUSE).tensor("hidden")
-        if found.shape != self._shape:
-            raise _REFUSE(f"{self.path.name} of shape {tuple(found.shape)}, not {self._shape}")
-        return found.to(self._device)
+        if self._file is None:
+            self._file = self._opened()
+        return self._file.tensor("hidden").to(self._device)
+
+    def _opened(self) -> Shards:
+        """The file, its bytes checked once; later reads notice when it is another one."""
+        opened = open_file(self.path, _REFUSE)
+        found = opened.entry("hidden")
+        if (found.shape, found.dtype) != (tuple(self._shape), self._dtype):
+            raise _REFUSE(
+                f"{self.path.name} of {found.dtype} {found.shape}, not {self._dtype} "
+                f"{tuple(self._shape)}"
+            )
+        if self.facts and fingerprint(self.path) != self.facts:
+            raise _REFUSE(f"{self.path.name} with other bytes than were written")
+        return opened
 
 
 def stored_inputs(

@@ -1,59 +1,58 @@
 """A checkpoint that is being made, layer by layer, by a process that may end at any moment.
 
     OUT.partial/
-      run.json                     what was asked for: model, recipe, data, versions
+      run.json                     what was asked for: model, recipe, data, versions, machine
       rotations.safetensors        what was merged into the whole model, if anything (and .json)
       layers/00003.safetensors     a quantized layer as the checkpoint will have it
       layers/00003-transforms.safetensors
       layers/00003.json            its record: sites, and the hash of every file of it
       activations/00004-00000.safetensors   what layer 4 gets, batch by batch
       checkpoint/                  what becomes OUT, made of links to the above at the very end
-    OUT.lock                       held by the process that works on it
-    OUT.log                        what happened when; it stays
+      published.json               the fingerprint of OUT's manifest, just before OUT gets its name
+      removing.json                run.json, once all of this is to go
 
 A file gets its name when the disk has it, and a layer is finished when its record is there, which
 comes last. So whatever a kill leaves behind is some number of finished layers, and files that are
 made again. The activations of the last finished layer are among its files: going on takes no
 forward pass through earlier layers. Until the last step nothing that is finished is changed, so
-that step, too, may be cut short and made again.
+that step, too, may be cut short and made again; and so may the removal.
 
-Another run is another request, field by field, and is refused with the fields that differ.
+Another run is another request, field by field, and is refused with the fields that differ. How it
+is known that a record is this run's, and its files what they were: see `records`.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
-from mxtorq.export.manifest import SiteEntry, site_entries
+from mxtorq.export.folders import discard, is_blank, listed, require_own_folder
+from mxtorq.export.manifest import FILE, SiteEntry, site_entries
+from mxtorq.export.output import alone, lock_file, log_file, parents, partial_folder, require_absent
+from mxtorq.export.records import (
+    LONGEST,
+    REQUEST,
+    LayerRecord,
+    read_sealed,
+    require_same,
+    require_whole,
+    seal_of,
+    write_sealed,
+)
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, read_text
 from mxtorq.reading.shards import open_file
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import OfflineRotations, Rotation, Transform
 from mxtorq.writing import fingerprint, sync, write_tensors, write_text
 
-_LONGEST = 32 * 2**20
-"""Bytes of a record."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRecord:
-    """A finished layer."""
-
-    sites: list[SiteEntry]
-    kept: list[str]
-    """Its linears that stay in BF16, by full name."""
-    files: dict[str, dict[str, Any]]
-    """``sha256`` and ``bytes`` by path below the folder; the activations behind it included."""
+_REMOVING, _PUBLISHED = "removing.json", "published.json"
 
 
 class Unfinished:
@@ -62,7 +61,10 @@ class Unfinished:
     def __init__(self, out: Path, request: Mapping[str, Any]) -> None:
         self.out, self.folder = out, partial_folder(out)
         self.layers: list[LayerRecord] = []
-        self._request = request
+        self.is_open = False
+        """Whether the folder is known to be this run's."""
+        self._request: dict[str, Any] = json.loads(json.dumps(request))  # as it is read again
+        self._seals = [seal_of("", self._request)]
         self._lines: list[str] = []
         self._refuse = Refusal(
             kind=CheckpointError,
@@ -76,29 +78,61 @@ class Unfinished:
         """Start, or find out how far an earlier process came.
 
         Raises:
-            OutputError: it was asked for something else.
+            OutputError: it was asked for something else, or the folder is somebody else's.
             CheckpointError: its files are damaged.
+            OSError: the disk is full or refuses.
         """
-        if not (self.folder / "run.json").exists():
-            for part in (self.folder, self.folder / "layers", self.folder / "activations"):
-                part.mkdir(exist_ok=True)  # an earlier process was killed in this very function
-            self._require_empty()
-            write_text(self.folder / "run.json", json.dumps(self._request, indent=1) + "\n")
-            return
-        text = read_text(self.folder / "run.json", _LONGEST, self._refuse)
-        _require_same(self.folder, parse_object(text, self._refuse), self._request)
-        while (self._path(len(self.layers), ".json")).exists():
-            self.layers.append(self._read_record(len(self.layers)))
+        require_own_folder(self.folder)
+        if (self.folder / _REMOVING).exists():
+            self.remove()
+        if (self.folder / REQUEST).exists():
+            self._go_on()
+        else:
+            self._start()
+        self.is_open = True
+
+    def _start(self) -> None:
+        """Make the folder; an earlier process may have been killed while it did the same."""
+        strange = [path for path in listed(self.folder) if not is_blank(path)]
+        if strange:
+            raise OutputError(
+                asked=f"the folder {self.folder} for an unfinished run",
+                found=f"{strange[0].name} and no {REQUEST} in it",
+                why="it is somebody else's, and nothing is overwritten or mixed with other files",
+                todo="name another output, or move that folder away",
+            )
+        try:
+            for part in (self.folder, self.folder / "layers", self.activations):
+                part.mkdir(exist_ok=True)
+            write_text(self.folder / REQUEST, json.dumps(self._request, indent=1) + "\n")
+            sync(self.folder.parent)
+        except BaseException:
+            with suppress(OSError):
+                self.remove()
+            raise
+
+    def _go_on(self) -> None:
+        text = read_text(self.folder / REQUEST, LONGEST, self._refuse)
+        require_same(self.folder, parse_object(text, self._refuse), self._request)
+        for part in (self.folder / "layers", self.activations):
+            if os.path.lexists(part) and (part.is_symlink() or not part.is_dir()):
+                raise self._refuse(f"{part.name}, which is no folder")
+            part.mkdir(exist_ok=True)
+        while os.path.lexists(self._path(len(self.layers), ".json")):
+            self._read_record()
         last = self.layers[-1].files if self.layers else {}
+        named = {self._path(index, ".json") for index in range(len(self.layers))}
         for record in self.layers:
             for name, expected in record.files.items():
                 if name in last or not name.startswith("activations/"):
-                    self._require_whole(name, expected)
+                    require_whole(self.folder, name, expected, self._refuse)
+                    named.add(self.folder / name)
         if self.layers:
             self.log(f"going on: {self.finished} layers were finished before")
-        for path in (self.folder / "activations").iterdir():  # of a layer that was not finished
-            if f"activations/{path.name}" not in last:
-                path.unlink()
+        for part in (self.folder / "layers", self.activations):
+            for path in listed(part):  # of a layer that was not finished
+                if path not in named:
+                    discard(path)
 
     @property
     def finished(self) -> int:
@@ -140,11 +174,11 @@ class Unfinished:
             if content:
                 files[f"layers/{path.name}"] = write_tensors(path, content)
         record = LayerRecord(sites=sites, kept=kept, files=files)
-        write_text(self._path(index, ".json"), json.dumps(asdict(record), indent=1) + "\n")
-        self.layers.append(record)
-        for path in self.activations.iterdir():
+        seal = write_sealed(self._path(index, ".json"), asdict(record), self._seals[-1])
+        self._add(record, seal)
+        for path in listed(self.activations):
             if path.name not in activations:
-                path.unlink()
+                discard(path)
 
     def keep_rotations(self, rotations: OfflineRotations) -> None:
         """Remember what was chosen for the whole model. Raises `OSError`."""
@@ -153,8 +187,8 @@ class Unfinished:
             return  # one of the caller's own: chosen anew, which gives the same
         facts = write_tensors(self.folder / "rotations.safetensors", transform_tensors(chosen))
         kinds = {name: [each.kind, each.width] for name, each in chosen.items()}
-        record = json.dumps({"kinds": kinds, "file": facts}, indent=1) + "\n"
-        write_text(self.folder / "rotations.json", record)
+        record = {"kinds": kinds, "file": facts}
+        write_sealed(self.folder / "rotations.json", record, self._seals[0])
 
     def rotations(self) -> OfflineRotations | None:
         """What `keep_rotations` was given.
@@ -165,9 +199,9 @@ class Unfinished:
         path = self.folder / "rotations.json"
         if not path.exists():
             return None
-        record = parse_object(read_text(path, _LONGEST, self._refuse), self._refuse)
+        record, _ = read_sealed(path, self._seals[0], self._refuse)
         try:
-            self._require_whole("rotations.safetensors", record["file"])
+            require_whole(self.folder, "rotations.safetensors", record["file"], self._refuse)
             stored = open_file(self.folder / "rotations.safetensors", self._refuse)
             made = {
                 name: KINDS[kind].from_tensors(width, stored.below(name))
@@ -182,9 +216,19 @@ class Unfinished:
         )
 
     def pieces(self, ending: str = ".safetensors") -> list[Path]:
-        """The tensor files of all layers, in order; those of one ``ending`` behind the number."""
-        paths = [self._path(index, ending) for index in range(len(self.layers))]
-        return [path for path in paths if path.exists()]
+        """The tensor files of all layers, in order; those of one ``ending`` behind the number.
+
+        Raises:
+            CheckpointError: one is not as it was written.
+        """
+        paths = []
+        for index, record in enumerate(self.layers):
+            path = self._path(index, ending)
+            name = f"layers/{path.name}"
+            if name in record.files:
+                require_whole(self.folder, name, record.files[name], self._refuse)
+                paths.append(path)
+        return paths
 
     @contextmanager
     def checkpoint(self) -> Iterator[Path]:
@@ -195,12 +239,14 @@ class Unfinished:
             OSError: the disk is full or refuses.
         """
         folder = self.folder / "checkpoint"
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         folder.mkdir()
         yield folder
         for path in sorted(folder.iterdir()):
             sync(path)
         sync(folder)
+        published = json.dumps(fingerprint(folder / FILE)) + "\n"
+        write_text(self.folder / _PUBLISHED, published)
         require_absent(self.out)
         folder.rename(self.out)
         sync(self.out.parent)
@@ -224,43 +270,49 @@ class Unfinished:
         self._lines.clear()
 
     def remove(self) -> None:
-        """Let go of everything but the log; last of all of what says whose folder it is."""
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != "run.json":
-                path.unlink()
-        (self.folder / "run.json").unlink(missing_ok=True)
+        """Let go of everything but the log.
+
+        What is left by a removal that ends early says so itself, and the next one finishes it.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        if (self.folder / REQUEST).exists():
+            (self.folder / REQUEST).rename(self.folder / _REMOVING)
+            with suppress(OSError):  # a disk that promises nothing can still let go
+                sync(self.folder)  # before anything goes
+        for path in listed(self.folder):
+            if path.name != _REMOVING:
+                discard(path)
+        with suppress(OSError):
+            sync(self.folder)
+        discard(self.folder / _REMOVING)
         self.folder.rmdir()
-        _lock_file(self.out).unlink(missing_ok=True)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the folder is what a kill left of a run that made OUT, or of no run at all."""
+        if (self.folder / _REMOVING).exists() or not listed(self.folder):
+            return True
+        published, made = self.folder / _PUBLISHED, self.out / FILE
+        if not (published.is_file() and made.is_file()):
+            return False
+        content = parse_object(read_text(published, LONGEST, self._refuse), self._refuse)
+        return content == fingerprint(made)
 
     def _path(self, index: int, ending: str = ".safetensors") -> Path:
         return self.folder / "layers" / f"{index:05d}{ending}"
 
-    def _require_empty(self) -> None:
-        strange = [path for path in self.folder.rglob("*") if path.is_file()]
-        strange = [path for path in strange if path.name != ".run.json.writing"]
-        if strange:
-            raise OutputError(
-                asked=f"the folder {self.folder} for an unfinished run",
-                found=f"{strange[0].name} and no run.json in it",
-                why="it is somebody else's, and nothing is overwritten or mixed with other files",
-                todo="name another output, or move that folder away",
-            )
+    def _add(self, record: LayerRecord, seal: str) -> None:
+        self.layers.append(record)
+        self._seals.append(seal)
 
-    def _read_record(self, index: int) -> LayerRecord:
-        path = self._path(index, ".json")
-        content = parse_object(read_text(path, _LONGEST, self._refuse), self._refuse)
+    def _read_record(self) -> None:
+        """The record of the next layer."""
+        path = self._path(len(self.layers), ".json")
+        content, seal = read_sealed(path, self._seals[-1], self._refuse)
         content["sites"] = site_entries(content.get("sites"), self._refuse)
-        return LayerRecord(**fields_of(content, LayerRecord, self._refuse, path.name))
-
-    def _require_whole(self, name: str, expected: dict[str, Any]) -> None:
-        path = self.folder / name
-        if not path.is_file():
-            raise self._refuse(f"no {name}")
-        found = fingerprint(path)
-        if found != expected:
-            raise self._refuse(f"{name}: {found}, its record says {expected}")
+        self._add(LayerRecord(**fields_of(content, LayerRecord, self._refuse, path.name)), seal)
 
 
 @contextmanager
@@ -275,33 +327,33 @@ def unfinished(out: Path, request: Mapping[str, Any]) -> Iterator[Unfinished]:
             something else, or the disk is full or refuses.
         CheckpointError: the files of an earlier run are damaged.
     """
-    made = _make_parents(out)
     run = Unfinished(out, request)
     try:
-        with _lock(out):
+        with parents(out), alone(out):
             require_absent(out)
-            run.open()
             try:
+                run.open()
                 yield run
             except BaseException as error:
-                run.log(f"ended with {run.finished} finished layers: {_told(error)}")
-                if isinstance(error, VerificationError) or not run.is_of_use:
-                    run.remove()
+                if run.is_open:
+                    run.log(f"ended with {run.finished} finished layers: {_told(error)}")
+                    if isinstance(error, VerificationError) or not run.is_of_use:
+                        with suppress(OSError):  # the error that led here is the one to tell
+                            run.remove()
                 raise
             run.log(f"written and read back: {out}")
-            run.remove()
+            try:
+                run.remove()
+            except OSError as error:  # the next call for this output tries again
+                run.log(f"{run.folder} could not be removed: {error}")
     except OSError as error:
-        kept = f"{run.finished} finished layers are kept" if run.is_of_use else "nothing is left"
+        kept = f"{run.finished} finished layers are kept" if run.is_of_use else "nothing is kept"
         raise OutputError(
             asked=f"a checkpoint in {out}",
             found=f"{type(error).__name__}: {error}",
             why="the files could not be written in full",
             todo=f"free space on that disk, or mend it, and run the same command again; {kept}",
         ) from error
-    finally:
-        for folder in made:
-            if folder.exists() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def require_free(out: Path) -> None:
@@ -310,20 +362,12 @@ def require_free(out: Path) -> None:
     Raises:
         OutputError: as `require_absent`, or another process works on it.
     """
-    if out.exists() and (partial_folder(out) / "run.json").exists():
-        with _lock(out):
-            Unfinished(out, {}).remove()
+    run = Unfinished(out, {}) if out.name else None
+    if run and any(os.path.lexists(path) for path in (run.folder, lock_file(out))):
+        with suppress(OSError), alone(out):
+            if os.path.lexists(out) and run.folder.is_dir() and run.is_over:
+                run.remove()
     require_absent(out)
-
-
-def partial_folder(out: Path) -> Path:
-    """Where an unfinished run keeps its state."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def log_file(out: Path) -> Path:
-    """Where a run says what happened when."""
-    return out.with_name(f"{out.name}.log")
 
 
 def finished_layers(out: Path) -> int:
@@ -341,91 +385,11 @@ def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
     }
 
 
-def require_absent(out: Path) -> None:
-    """Refuse an output that exists or whose parent cannot be written, before any work.
-
-    Raises:
-        OutputError: so it is.
-    """
-    if out.exists() or out.is_symlink():
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found="a file or folder of that name",
-            why="nothing is overwritten or mixed with older files",
-            todo="name another folder, or remove that one",
-        )
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found=f"{existing}, which is no folder that you may write to",
-            why="the checkpoint is written beside its final place first",
-            todo="name a folder inside one that is yours",
-        )
-
-
-@contextmanager
-def _lock(out: Path) -> Iterator[None]:
-    lock = FileLock(_lock_file(out), blocking=False)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found=f"another process that holds {_lock_file(out).name}",
-            why="two runs in one folder would overwrite each other's layers",
-            todo="wait for it, or name another folder",
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _lock_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.lock")
-
-
 def _told(error: BaseException) -> str:
     name = type(error).__name__
     return f"{name}: {error.found}" if isinstance(error, MxtorqError) else f"{name} {error}".strip()
 
 
-def _require_same(folder: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    before, after = _flat(earlier), _flat(now)
-    differing = [
-        f"{name} = {before.get(name)!r:.100} (now {after.get(name)!r:.100})"
-        for name in dict.fromkeys([*before, *after])
-        if before.get(name) != after.get(name)
-    ]
-    if differing:
-        raise OutputError(
-            asked=f"to go on with the unfinished run {folder}",
-            found=f"a run with {'; '.join(differing[:5])}",
-            why="the layers that it finished belong to another checkpoint",
-            todo="give it the arguments of that run, name another output, or remove that folder to "
-            "start again",
-        )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
 def _named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
     named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
     return named if rotations.residual is None else {"residual": rotations.residual, **named}
-
-
-def _make_parents(out: Path) -> list[Path]:
-    """Create missing parents; returns them, innermost first, so that they can be taken back."""
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    for folder in reversed(made):
-        folder.mkdir()
-    return made

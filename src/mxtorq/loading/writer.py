@@ -49,7 +49,12 @@ def write_checkpoint(folder: Path, source: Source, run: Unfinished) -> dict[str,
     place_tensors(folder, WEIGHTS_FILE[described["quant_method"]], pieces)
     place_transforms(folder, run.pieces("-transforms.safetensors"))
     write_config(folder, config)
-    source.tokenizer.save_pretrained(folder)
+    try:
+        source.tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:  # what the tokenizers library raises for a full disk
+        raise OSError(f"the tokenizer's files: {error}") from error
     generation: Any = source.model.generation_config
     generation.save_pretrained(folder)
     return {path.name: fingerprint(path) for path in sorted(folder.iterdir())}
