@@ -21,7 +21,6 @@ Another run is another request, field by field, and is refused with the fields t
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from torch import Tensor
 
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
 from mxtorq.export.manifest import SiteEntry, site_entries
+from mxtorq.export.places import lock_file, log_file, partial_folder, require_absent
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, read_text
 from mxtorq.reading.shards import open_file
 from mxtorq.transforms import KINDS
@@ -79,7 +79,7 @@ class Unfinished:
             OutputError: it was asked for something else.
             CheckpointError: its files are damaged.
         """
-        if not (self.folder / "run.json").exists():
+        if not self._has_begun():
             for part in (self.folder, self.folder / "layers", self.folder / "activations"):
                 part.mkdir(exist_ok=True)  # an earlier process was killed in this very function
             self._require_empty()
@@ -225,17 +225,30 @@ class Unfinished:
 
     def remove(self) -> None:
         """Let go of everything but the log; last of all of what says whose folder it is."""
+        self._clear()
+        self.folder.rmdir()
+        lock_file(self.out).unlink(missing_ok=True)
+
+    def _path(self, index: int, ending: str = ".safetensors") -> Path:
+        return self.folder / "layers" / f"{index:05d}{ending}"
+
+    def _clear(self) -> None:
         for path in self.folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != "run.json":
                 path.unlink()
         (self.folder / "run.json").unlink(missing_ok=True)
-        self.folder.rmdir()
-        _lock_file(self.out).unlink(missing_ok=True)
 
-    def _path(self, index: int, ending: str = ".safetensors") -> Path:
-        return self.folder / "layers" / f"{index:05d}{ending}"
+    def _has_begun(self) -> bool:
+        """Whether there is something to go on with. A run that was killed before it had finished
+        anything, or while it took its traces away, makes room for any other."""
+        if not (self.folder / "run.json").exists():
+            return False
+        if self._path(0, ".json").exists() or (self.folder / "rotations.json").exists():
+            return True
+        self._clear()
+        return False
 
     def _require_empty(self) -> None:
         strange = [path for path in self.folder.rglob("*") if path.is_file()]
@@ -316,22 +329,6 @@ def require_free(out: Path) -> None:
     require_absent(out)
 
 
-def partial_folder(out: Path) -> Path:
-    """Where an unfinished run keeps its state."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def log_file(out: Path) -> Path:
-    """Where a run says what happened when."""
-    return out.with_name(f"{out.name}.log")
-
-
-def finished_layers(out: Path) -> int:
-    """How many layers of an unfinished run are finished, by a glance."""
-    layers = partial_folder(out) / "layers"
-    return len(list(layers.glob("[0-9]*.json"))) if layers.is_dir() else 0
-
-
 def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
     """The tensors of some transforms under the names that checkpoints give them."""
     return {
@@ -341,38 +338,15 @@ def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
     }
 
 
-def require_absent(out: Path) -> None:
-    """Refuse an output that exists or whose parent cannot be written, before any work.
-
-    Raises:
-        OutputError: so it is.
-    """
-    if out.exists() or out.is_symlink():
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found="a file or folder of that name",
-            why="nothing is overwritten or mixed with older files",
-            todo="name another folder, or remove that one",
-        )
-    existing = next(parent for parent in out.absolute().parents if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(
-            asked=f"a checkpoint in {out}",
-            found=f"{existing}, which is no folder that you may write to",
-            why="the checkpoint is written beside its final place first",
-            todo="name a folder inside one that is yours",
-        )
-
-
 @contextmanager
 def _lock(out: Path) -> Iterator[None]:
-    lock = FileLock(_lock_file(out), blocking=False)
+    lock = FileLock(lock_file(out), blocking=False)
     try:
         lock.acquire()
     except Timeout as error:
         raise OutputError(
             asked=f"a checkpoint in {out}",
-            found=f"another process that holds {_lock_file(out).name}",
+            found=f"another process that holds {lock_file(out).name}",
             why="two runs in one folder would overwrite each other's layers",
             todo="wait for it, or name another folder",
         ) from error
@@ -380,10 +354,6 @@ def _lock(out: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _lock_file(out: Path) -> Path:
-    return out.with_name(f"{out.name}.lock")
 
 
 def _told(error: BaseException) -> str:
