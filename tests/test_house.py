@@ -29,6 +29,7 @@ LEVELS = {
     "reports": 2,
     "specs": 1,
     "writing": 2,
+    "interrupts": 1,
     "kernels": 2,
     "transforms": 3,
     "calibration": 4,

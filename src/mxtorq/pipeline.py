@@ -49,7 +49,7 @@ from mxtorq.reports.needs import Needs
 from mxtorq.reports.schema import Results, Row
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
-from mxtorq.surgery.outliers import add_outliers_
+from mxtorq.surgery.outliers import add_outliers_, profile_called
 
 DEFAULT_SEQLEN = 2048
 
@@ -206,15 +206,17 @@ def prepare(
     """The model at rest, its sites that stay in BF16, the calibration text, and what is needed."""
     require_free(out)
     require_ocp(recipe)
+    if recipe.outliers is not None:
+        profile_called(recipe.outliers)
     progress("load", 0, 2)
     source = load_model(model, None, recipe.seed, device, family, at_rest=True)
     recipe.method.check(network_shape(source.model, source.family))
     unfit = require_fit(source.model, source.family, recipe.allow_unfit)
     windows = calibrate(source, recipe)
     progress("load", 1, 2)
-    needed = needs(
-        source, recipe, windows, unfit, out, activation_memory, measured=measured
-    )
+    progress("preflight", 0, 1)
+    needed = needs(source, recipe, windows, unfit, out, activation_memory, measured=measured)
+    progress("preflight", 1, 1)
     return source, unfit, windows, needed
 
 
