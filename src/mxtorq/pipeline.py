@@ -90,15 +90,23 @@ def quantize(
         MxtorqError: with what to do.
     """
     source, unfit, windows, needed = prepare(
-        model, out, recipe, device, family, activation_memory, announce is not None, progress
+        model,
+        out,
+        recipe,
+        device=device,
+        family=family,
+        activation_memory=activation_memory,
+        measured=announce is not None,
+        progress=progress,
     )
     if announce is not None:
         announce(needed)
     require(needed)
     # What changes the model as a whole needs it whole; all else takes it layer by layer from disk.
     if needs_whole(recipe):
+        progress("load the whole model", 0, 1)
         source = load_model(model, recipe.outliers, recipe.seed, device, family)
-    progress("load", 2, 2)
+        progress("load the whole model", 1, 1)
     with unfinished(out, request(source, recipe, windows)) as run:
         rotate_(source, windows, recipe, unfit, progress, run)
         first = first_inputs(source, windows.ids)
@@ -120,22 +128,13 @@ def quantize(
     return manifest
 
 
-def preview(
-    model: str,
-    out: Path,
-    recipe: Recipe,
-    *,
-    device: str = "auto",
-    family: Family | None = None,
-    activation_memory: int | None = None,
-    progress: Progress = silent,
-) -> Needs:
+def preview(model: str, out: Path, recipe: Recipe, **options: Any) -> Needs:
     """What `quantize` will need with the same arguments, time included; writes nothing.
 
     Raises:
         MxtorqError: what `quantize` would raise before it begins, but for what does not fit.
     """
-    return prepare(model, out, recipe, device, family, activation_memory, True, progress)[-1]
+    return prepare(model, out, recipe, **options, measured=True)[-1]
 
 
 def evaluate(
@@ -197,11 +196,12 @@ def prepare(
     model: str,
     out: Path,
     recipe: Recipe,
-    device: str,
-    family: Family | None,
-    activation_memory: int | None,
+    *,
+    device: str = "auto",
+    family: Family | None = None,
+    activation_memory: int | None = None,
     measured: bool,
-    progress: Progress,
+    progress: Progress = silent,
 ) -> tuple[Source, dict[str, int], Windows, Needs]:
     """The model at rest, its sites that stay in BF16, the calibration text, and what is needed."""
     require_free(out)
@@ -212,8 +212,9 @@ def prepare(
     source = load_model(model, None, recipe.seed, device, family, at_rest=True)
     recipe.method.check(network_shape(source.model, source.family))
     unfit = require_fit(source.model, source.family, recipe.allow_unfit)
-    windows = calibrate(source, recipe)
     progress("load", 1, 2)
+    windows = calibrate(source, recipe)
+    progress("load", 2, 2)
     progress("preflight", 0, 1)
     needed = needs(source, recipe, windows, unfit, out, activation_memory, measured=measured)
     progress("preflight", 1, 1)

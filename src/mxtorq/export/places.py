@@ -68,3 +68,14 @@ def require_absent(out: Path) -> None:
             why="the checkpoint is written beside its final place first",
             todo="name a folder inside one that is yours",
         )
+
+
+def make_parents(out: Path) -> list[Path]:
+    """Create missing parents; returns them, innermost first, so that they can be taken back.
+
+    Raises `OSError`.
+    """
+    made = [parent for parent in out.absolute().parents if not parent.exists()]
+    for folder in reversed(made):
+        folder.mkdir()
+    return made

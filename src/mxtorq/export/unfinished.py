@@ -34,7 +34,13 @@ from torch import Tensor
 
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
 from mxtorq.export.manifest import SiteEntry, site_entries
-from mxtorq.export.places import lock_file, log_file, partial_folder, require_absent
+from mxtorq.export.places import (
+    lock_file,
+    log_file,
+    make_parents,
+    partial_folder,
+    require_absent,
+)
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, read_text
 from mxtorq.reading.shards import open_file
 from mxtorq.transforms import KINDS
@@ -288,7 +294,7 @@ def unfinished(out: Path, request: Mapping[str, Any]) -> Iterator[Unfinished]:
             something else, or the disk is full or refuses.
         CheckpointError: the files of an earlier run are damaged.
     """
-    made = _make_parents(out)
+    made = make_parents(out)
     run = Unfinished(out, request)
     try:
         with _lock(out):
@@ -391,11 +397,3 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
     named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
     return named if rotations.residual is None else {"residual": rotations.residual, **named}
-
-
-def _make_parents(out: Path) -> list[Path]:
-    """Create missing parents; returns them, innermost first, so that they can be taken back."""
-    made = [parent for parent in out.absolute().parents if not parent.exists()]
-    for folder in reversed(made):
-        folder.mkdir()
-    return made
