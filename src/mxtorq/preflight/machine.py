@@ -71,11 +71,12 @@ def _left_in_groups(root: Path) -> Iterator[int]:
 
 def _left(folder: Path, limit: str, usage: str, cached: tuple[str, ...]) -> Iterator[int]:
     try:
-        most = (folder / limit).read_text().strip()
+        text = (folder / limit).read_text().strip()
+        most = None if text == "max" else int(text)
         used = int((folder / usage).read_text())
         pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         cache = sum(int(value) for key, value in pairs if key in cached)
     except (OSError, ValueError):  # no limit here
         return
-    if most != "max":
-        yield max(0, int(most) - max(0, used - cache))
+    if most is not None:
+        yield max(0, most - max(0, used - cache))

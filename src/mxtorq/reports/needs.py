@@ -112,7 +112,7 @@ def in_units(size: int) -> str:
 
 def duration(seconds: float) -> str:
     """About how long: ``about 1 h 50 min``."""
-    if seconds < 60:
+    if round(seconds) < 60:
         return f"about {max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     if minutes < 10:
