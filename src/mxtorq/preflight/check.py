@@ -143,9 +143,11 @@ def changes(job: Job, machine: Machine, activation_memory: int, short: Budget) -
         every = every_budget(changed, machine, activations)
         return next(budget for budget in every if budget.name == short.name)
 
+    proposed: set[str] = set()
     for words, changed, activations in _alternatives(job, activation_memory):
-        found = need(changed, activations)
-        if found.fits:
+        found, kind = need(changed, activations), words.partition(" ")[0]
+        if found.fits and (kind == "--method" or kind not in proposed):
+            proposed.add(kind)
             yield f"{words} would need {in_units(found.needed)}"
     if short.name == "disk":
         yield f"name a folder on a disk with {in_units(short.needed)} free"
