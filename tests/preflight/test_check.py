@@ -107,6 +107,25 @@ def test_activations_can_go_to_the_disk(
     assert first == f"--activation-memory 0MB (activations on disk) {expected}"
 
 
+def test_a_whole_model_that_is_too_large_can_stay_on_disk(
+    monkeypatch: pytest.MonkeyPatch, tiny_folders: dict[str, Path], recipe: Recipe, tmp_path: Path
+) -> None:
+    forecast(monkeypatch, tiny_folders["llama"], recipe, tmp_path / "out")
+    source = pipeline.load_model(str(tiny_folders["llama"]), None, 0, "cpu", at_rest=True)
+    windows = pipeline.calibrate(source, recipe)
+    machine = check.Machine(source, tmp_path / "out")
+    machine.memory = 10**9
+    for changed, expected in (
+        (replace(recipe, outliers="qwen3-0.6b"), "leaving --outliers away would need"),
+        (replace(recipe, method=parse_method("quarot")), "--method hadamard --rounding gptq"),
+    ):
+        job = replace(check.job_of(source, changed, windows, {}), layers=10**6)
+        short = check.compute_budget(job, machine, 0)
+        assert not short.fits
+        assert short.parts["the whole model"] > 10**9
+        assert any(each.startswith(expected) for each in check.changes(job, machine, 0, short))
+
+
 def test_nothing_is_proposed_that_would_not_fit(
     monkeypatch: pytest.MonkeyPatch, tiny_folders: dict[str, Path], recipe: Recipe, tmp_path: Path
 ) -> None:

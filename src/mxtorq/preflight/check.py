@@ -166,9 +166,8 @@ def _alternatives(job: Job, activation_memory: int) -> Iterator[tuple[str, Job, 
         tokens //= 4
     recipe = job.recipe
     if recipe.outliers is not None:
-        yield from _with(
-            "without --outliers", job, replace(recipe, outliers=None), activation_memory
-        )
+        as_it_is = replace(job, recipe=replace(recipe, outliers=None))
+        yield "leaving --outliers away", as_it_is, activation_memory
     others = []
     if recipe.rounding.needs_hessian and not recipe.method.needs_compensation:
         others.append(replace(recipe, rounding=RTN()))
