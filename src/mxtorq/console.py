@@ -29,7 +29,7 @@ from rich.text import Text
 from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
 from mxtorq.export.places import all_layers, finished_layers, partial_folder
-from mxtorq.interrupts import EXIT_CODE, ending_soon
+from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reports.needs import Needs, duration, finished_of
 from mxtorq.reports.needs import table as needs_table
@@ -72,8 +72,8 @@ def speaking(after_interrupt: str | Callable[[], str]) -> Iterator[None]:
                 _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            farewell()
-            raise typer.Exit(EXIT_CODE) from None
+            farewell()  # everything that cleans up stands inside of this block
+            end_now()
 
 
 def what_is_left(out: Path) -> Callable[[], str]:

@@ -82,7 +82,7 @@ def test_a_model_in_memory_is_not_counted_twice(tiny_folders: dict[str, Path], s
     _, _, job = loaded(tiny_folders["llama"], recipe(story), at_rest=False)
     resident = 10**9 + memory.whole_model(job)
     (found,) = memory.budgets(job, resident, 0, None, True)
-    assert found.parts["libraries and text"] == 10**9
+    assert found.parts["libraries and text"] == 10**9 + memory._LATER
     assert found.parts["the whole model"] == memory.whole_model(job)
     assert found.free == resident
 
@@ -92,8 +92,8 @@ def test_the_need_is_that_of_the_worst_phase(tiny_folders: dict[str, Path], stor
     phases = memory.phases(job, True)
     (found,) = memory.budgets(job, 0, 0, None, True)
     totals = {p.name: sum(p.compute.values()) + sum(p.host.values()) for p in phases}
-    assert found.needed == max(totals.values())
-    assert totals[found.phase] == found.needed
+    assert found.needed == max(totals.values()) + memory._LATER
+    assert totals[found.phase] == max(totals.values())
     spilled = memory.budgets(replace(job, tokens=10**9), 0, 0, None, False)[0]
     assert spilled.needed < memory.budgets(replace(job, tokens=10**9), 0, 0, None, True)[0].needed
 
@@ -109,5 +109,5 @@ def test_an_accelerator_has_a_budget_of_its_own(tiny_folders: dict[str, Path], s
     assert (host.name, host.free) == ("memory", 1100)
     assert "second moments" in device.parts
     assert "libraries and text" not in device.parts
-    assert host.parts["libraries and text"] == 1000
+    assert host.parts["libraries and text"] == 1000 + memory._LATER
     assert memory.layer(replace(job, device=torch.device("cuda"))) == memory.layer(job) // 2

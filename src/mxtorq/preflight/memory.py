@@ -18,6 +18,8 @@ from mxtorq.reports.needs import Budget
 _DOUBLE, _FLOAT = 8, 4
 _READ = 7
 """Bytes a BF16 number takes while it is looked at for NaN: itself, its magnitude, three masks."""
+_LATER = 300 * 10**6
+"""What libraries still grow by: a compiler, compiled kernels, threads, what an allocator keeps."""
 _PANEL = 512  # rows of a Hessian that are summed up at once
 
 
@@ -47,7 +49,9 @@ def budgets(
     every = phases(job, keep_activations)
     # A model that is in memory by now is among what the process has.
     loaded = whole_model(job) if job.in_memory else 0
-    libraries = {"libraries and text": max(0, resident - (0 if free_device else loaded))}
+    libraries = {
+        "libraries and text": _LATER + max(0, resident - (loaded if free_device is None else 0))
+    }
     if free_device is None:
         found = [Phase(name=p.name, host=libraries | _sum(p.compute, p.host)) for p in every]
         return [_worst("memory", found, free + resident)]
