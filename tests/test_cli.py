@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -205,32 +206,87 @@ def test_wrong_usage_is_exit_code_2() -> None:
     assert run("evaluate", "reference", "--eval-tokens", "many").returncode == 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_quickly_and_leaves_nothing(
-    how: signal.Signals, tiny_folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Interrupted when the hidden folder is there, so that there is something to clean up."""
-    work = subprocess.Popen(
+def started(model: Path, folder: Path, *options: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
         [
-            *(sys.executable, "-m", "mxtorq", "quantize", str(tiny_folders["llama"]), "out"),
-            *("--calibration-tokens", "128000", "--seqlen", "128"),
+            *(sys.executable, "-m", "mxtorq", "quantize", str(model), "out"),
+            *("--calibration-tokens", "128000", "--seqlen", "128", *map(str, options)),
         ],
-        cwd=tmp_path,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A job in the background of a shell script inherits an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def interrupted(
+    work: "subprocess.Popen[str]", when: Callable[[], bool], how: signal.Signals = signal.SIGINT
+) -> str:
+    """What a process says that is interrupted when something is so."""
     deadline = time.monotonic() + 120
-    while not list(tmp_path.iterdir()) and work.poll() is None and time.monotonic() < deadline:
+    while not when() and work.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     assert work.poll() is None, work.communicate()
     work.send_signal(how)
     _, errors = work.communicate(timeout=60)
     assert work.returncode == 130
+    return errors
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_quickly_and_leaves_nothing(
+    how: signal.Signals, tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Interrupted when OUT.partial is there, so that there is something to clean up."""
+    work = started(tiny_folders["llama"], tmp_path)
+    errors = interrupted(work, lambda: (tmp_path / "out.partial").exists(), how)
     assert "Interrupted: nothing was written to out" in errors
-    assert list(tmp_path.iterdir()) == []
+    left = sorted(path.name for path in tmp_path.iterdir())
+    if "will clear out.partial" in errors:  # a busy machine: its three seconds were over
+        assert left == ["out.lock", "out.partial"]
+        assert not list((tmp_path / "out.partial").rglob("0*.json"))
+    else:
+        assert left == []
+
+
+def test_an_interrupted_run_goes_on_when_it_is_asked_for_again(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    model, record = tiny_folders["qwen3"], tmp_path / "out.partial" / "layers" / "00000.json"
+    options = ("--calibration-tokens", 4096, "--calibration", story, "--method", "hadamard")
+    errors = interrupted(started(model, tmp_path, *options), record.exists)
+    kept = "1 of 2 layers is finished"
+    assert f"Interrupted: {kept} and kept in out.partial; run the same command again" in errors
+    done = run(
+        *("quantize", model, "out", "--seqlen", 128, *options),
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Going on: {kept} in out.partial" in done.stderr
+    assert "bit for bit" in done.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.log"]
+
+
+def test_a_dry_run_says_what_is_needed_and_writes_nothing(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    model = tiny_folders["llama"]
+    common = ("quantize", model, "out", *SMALL, "--calibration", story, "--dry-run")
+    done = run(*common, "--rounding", "gptq", "--json", "needs.json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("memory (", "disk (", "activations", "quantized layers", "by a probe"):
+        assert words in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["needs.json"]
+    needs = json.loads((tmp_path / "needs.json").read_text())
+    assert needs["seconds"] > 0
+    assert needs["layers"] == 2
+    for budget in needs["budgets"]:
+        assert budget["needed"] == sum(budget["parts"].values()) <= budget["free"]
+    done = run(*common, "--activation-memory", "4XB", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "--activation-memory 4GB" in done.stderr
 
 
 def test_demo_shows_every_method_without_and_with_outliers(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ LEVELS = {
     "reports": 2,
     "specs": 1,
     "writing": 2,
+    "interrupts": 1,
     "kernels": 2,
     "transforms": 3,
     "calibration": 4,
@@ -43,11 +44,12 @@ LEVELS = {
     "console": 8,
     "options": 8,
     "quantization": 8,
-    "pipeline": 9,
-    "comparison": 10,
-    "cli": 11,
-    "__main__": 12,
-    "__init__": 12,
+    "preflight": 9,
+    "pipeline": 10,
+    "comparison": 11,
+    "cli": 12,
+    "__main__": 13,
+    "__init__": 13,
 }
 
 

@@ -19,20 +19,24 @@ from mxtorq.console import (
     progress_bars,
     report_contents,
     report_diagnosis,
+    report_needs,
     report_results,
     report_written,
     require_writable,
     resumed,
     signed,
     speaking,
+    what_is_left,
     write_record,
 )
 from mxtorq.errors import UsageError
 from mxtorq.options import (
     MODEL_HELP,
+    ActivationMemory,
     Calibration,
     CalibrationTokens,
     Device,
+    DryRun,
     EvalTokens,
     Json,
     ManifestJson,
@@ -56,6 +60,7 @@ from mxtorq.options import (
     Text,
     Unfit,
     agreed,
+    bytes_of,
     every_choice,
 )
 
@@ -82,7 +87,8 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     "  mxtorq quantize my-quantized-model\n\n"
     "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
     "\n\n"
-    "  mxtorq quantize ./llama out --method hadamard --scale-rule even"
+    "  mxtorq quantize ./llama out --method hadamard --scale-rule even\n\n"
+    "  mxtorq quantize ./llama out --rounding gptq --activation-memory 8GB --dry-run"
 )
 def quantize(
     paths: Annotated[
@@ -100,9 +106,14 @@ def quantize(
     allow_unfit: Unfit = None,
     family: OwnFamily = None,
     device: Device = "auto",
+    activation_memory: ActivationMemory = None,
+    dry_run: DryRun = False,
     json_path: ManifestJson = None,
 ) -> None:
-    """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked."""
+    """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked.
+
+    The same command goes on where an earlier one was stopped, after its last finished layer.
+    """
     given = _given(
         method=method,
         rounding=rounding,
@@ -114,7 +125,7 @@ def quantize(
         outliers=outliers,
         allow_unfit=allow_unfit,
     )
-    with speaking(f"nothing was written to {paths[-1]}"):
+    with speaking(what_is_left(Path(paths[-1]))):
         if len(paths) > 2:
             raise UsageError(
                 asked=f"quantize {' '.join(paths)}",
@@ -125,18 +136,26 @@ def quantize(
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
         from mxtorq.config import parse_family, read_settings, recipe_from
+        from mxtorq.preflight.check import require
 
         require_writable(json_path)
         settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
         chosen = recipe_from({**settings, **given})
+        arguments: dict[str, Any] = {
+            "device": device,
+            "family": parse_family(family),
+            "activation_memory": bytes_of("--activation-memory", activation_memory),
+        }
+        if dry_run:
+            with progress_bars() as progress:
+                needs = pipeline.preview(model, Path(out), chosen, **arguments, progress=progress)
+            report_needs(needs)
+            write_record(json_path, needs.to_json())
+            require(needs)
+            return
         with progress_bars() as progress:
             manifest = pipeline.quantize(
-                model,
-                Path(out),
-                chosen,
-                device=device,
-                family=parse_family(family),
-                progress=progress,
+                model, Path(out), chosen, **arguments, announce=report_needs, progress=progress
             )
         report_written(Path(out), manifest)
         write_record(json_path, manifest.to_json())

@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,18 +17,24 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.text import Text
 
 from mxtorq.errors import MxtorqError, OutputError, UsageError
 from mxtorq.export.manifest import Manifest
+from mxtorq.export.output import all_layers, finished_layers, partial_folder
+from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
+from mxtorq.reports.needs import Needs, duration, finished_of
+from mxtorq.reports.needs import table as needs_table
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
 from mxtorq.reports.schema import LONGEST, Results
 
@@ -39,23 +46,57 @@ _LOG_SECONDS = 30
 
 
 @contextmanager
-def speaking(after_interrupt: str) -> Iterator[None]:
-    """Turn our errors and Ctrl-C into a message and an exit code."""
-    try:
-        yield
-    except MxtorqError as error:
-        _ERR.print(f"[bold red]{type(error).__name__}[/bold red]")
-        for label, part in (
-            ("asked", error.asked),
-            ("found", error.found),
-            ("why", error.why),
-            ("to do", error.todo),
-        ):
-            _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        _ERR.print(f"\n[bold red]Interrupted[/bold red]: {escape(after_interrupt)}.")
-        raise typer.Exit(130) from None
+def speaking(after_interrupt: str | Callable[[], str]) -> Iterator[None]:
+    """Turn our errors and Ctrl-C into a message and an exit code, Ctrl-C within seconds.
+
+    Args:
+        after_interrupt: what is left of the work then, or what finds that out.
+    """
+    once = threading.Lock()
+
+    def farewell() -> None:
+        if once.acquire(blocking=False):
+            _ERR.show_cursor()  # bars that are cut short have hidden it
+            text = after_interrupt if isinstance(after_interrupt, str) else after_interrupt()
+            _ERR.print(f"\n[bold red]Interrupted[/bold red]: {escape(text)}.", soft_wrap=True)
+
+    with ending_soon(farewell):
+        try:
+            yield
+        except MxtorqError as error:
+            _ERR.print(f"[bold red]{type(error).__name__}[/bold red]")
+            for label, part in (
+                ("asked", error.asked),
+                ("found", error.found),
+                ("why", error.why),
+                ("to do", error.todo),
+            ):
+                _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            farewell()  # everything that cleans up stands inside of this block
+            end_now()
+
+
+def what_is_left(out: Path) -> Callable[[], str]:
+    """What finds out, later, what an interrupted run into ``out`` has left."""
+    was_there = out.exists()
+
+    def find() -> str:
+        folder, finished = partial_folder(out), finished_layers(out)
+        if out.exists() and not was_there:
+            return f"{out} was written and read back before that"
+        if finished:
+            kept = f"{finished_of(finished, all_layers(out))} and kept in {folder}"
+        elif (folder / "rotations.json").exists():
+            kept = f"the rotations of the whole model are kept in {folder}"
+        elif folder.exists():
+            return f"nothing was written to {out}; the next run into it will clear {folder}"
+        else:
+            return f"nothing was written to {out}"
+        return f"{kept}; run the same command again to go on"
+
+    return find
 
 
 @contextmanager
@@ -76,32 +117,63 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        _TimeLeft(),
     )
     with Progress(*columns, console=_ERR, transient=True) as bars:
         tasks: dict[str, TaskID] = {}
+        paces: dict[str, _Pace] = {}
 
         def callback(stage: str, done: int, total: int) -> None:
             if stage not in tasks or done == 0:
-                tasks[stage] = bars.add_task(escape(stage), total=total)
+                paces[stage] = _Pace(done)
+                tasks[stage] = bars.add_task(escape(stage), total=total, pace=paces[stage])
+            paces[stage].count(done, total)
             bars.update(tasks[stage], completed=done, total=total, visible=done < total)
 
         yield callback
 
 
+class _Pace:
+    """How long a stage will still take, from what was done since it was first heard of: a run that
+    goes on begins with layers that somebody else has finished."""
+
+    def __init__(self, first: int) -> None:
+        self._first, self.started = first, time.monotonic()
+        self._end: float | None = None
+
+    def count(self, done: int, total: int) -> None:
+        """So much is done."""
+        now = time.monotonic()
+        if done > self._first:
+            self._end = now + (now - self.started) / (done - self._first) * (total - done)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds; None while nobody knows."""
+        return None if self._end is None else max(0.0, self._end - time.monotonic())
+
+
+class _TimeLeft(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        left = task.fields["pace"].left
+        shown = "" if left is None else f"{duration(left)} left"
+        return Text(shown, style="progress.remaining")
+
+
 def _log_lines() -> Callable[[str, int, int], None]:
-    started: dict[str, float] = {}
+    paces: dict[str, _Pace] = {}
     spoken: dict[str, float] = {}
 
     def callback(stage: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done == 0 or stage not in started:
-            started[stage] = spoken[stage] = now
+        if done == 0 or stage not in paces:
+            paces[stage], spoken[stage] = _Pace(done), now
+        pace = paces[stage]
+        pace.count(done, total)
         if done == total or now - spoken[stage] >= _LOG_SECONDS:
-            spent = now - started[stage]
-            left = f", about {spent / done * (total - done):.0f} s left" if 0 < done < total else ""
-            _ERR.print(f"{escape(stage)}: {done}/{total} in {spent:.0f} s{left}", soft_wrap=True)
+            left = f", {duration(pace.left)} left" if done < total and pace.left else ""
+            spent = f"{now - pace.started:.0f} s"
+            _ERR.print(f"{escape(stage)}: {done}/{total} in {spent}{left}", soft_wrap=True)
             spoken[stage] = now
 
     return callback
@@ -193,6 +265,15 @@ def _write(path: Path, text: str) -> None:
             why="it could not be written in full",
             todo="free space on that disk or name another place; an earlier version is unharmed",
         ) from error
+
+
+def report_needs(needs: Needs) -> None:
+    """Say what a run will need, and what it goes on from."""
+    _ERR.print(needs_table(needs))
+    if needs.finished:
+        folder = escape(str(partial_folder(Path(needs.out))))
+        many = finished_of(needs.finished, needs.layers)
+        _ERR.print(f"Going on: {many} in {folder}", soft_wrap=True)
 
 
 def report_written(path: Path, manifest: Manifest) -> None:

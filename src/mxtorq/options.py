@@ -3,6 +3,8 @@
 Also what comma-separated lists and several recipe files come to.
 """
 
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +92,21 @@ Unfit = Annotated[
     bool | None,
     typer.Option("--allow-unfit", help="Keep sites of a width that 32 does not divide in BF16."),
 ]
+ActivationMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--activation-memory",
+        metavar="SIZE",
+        help="Up to how much, as in 4GB or 512MB, calibration activations stay in memory; more are "
+        "read from disk. [default: what is free, at most a quarter]",
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Say what the run will need and how long it will take, and stop there."
+    ),
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes an accelerator.")]
 OwnFamily = Annotated[
     str | None,
@@ -116,6 +133,30 @@ Markdown = Annotated[
 ManifestJson = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
 ]
+_UNITS = {
+    **{unit: 1000**power for power, unit in enumerate(("B", "KB", "MB", "GB", "TB"))},
+    **{unit: 1024**power for power, unit in enumerate(("KIB", "MIB", "GIB", "TIB"), 1)},
+}
+
+
+def bytes_of(option: str, text: str | None) -> int | None:
+    """The bytes that ``4GB``, ``1.5 GB`` or ``2GiB`` are.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([A-Za-z]{1,3})\s*", text)
+    if found is None or found[2].upper() not in _UNITS:
+        raise UsageError(
+            asked=f"{option} {text}",
+            found=f"{text!r:.100}",
+            why="a size is a number and a unit: B, kB, MB, GB, TB (of 1000), KiB, MiB, GiB, TiB "
+            "(of 1024)",
+            todo=f"pass one such as {option} 4GB",
+        )
+    return int(Fraction(found[1]) * _UNITS[found[2].upper()])
 
 
 def every_choice(lists: dict[str, str]) -> list[dict[str, Any]]:

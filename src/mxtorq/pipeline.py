@@ -13,13 +13,12 @@ to a model. Progress is a callback. Randomness comes from the recipe's seed alon
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -36,6 +35,8 @@ from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, load_source, pick_device
 from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint
 from mxtorq.models.family import Family
+from mxtorq.preflight.check import needs, require
+from mxtorq.preflight.job import needs_whole
 from mxtorq.quantization import (
     Progress,
     QuantizedLayer,
@@ -44,10 +45,11 @@ from mxtorq.quantization import (
     merge_rotations_,
     quantize_layers_,
 )
+from mxtorq.reports.needs import Needs
 from mxtorq.reports.schema import Results, Row
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
-from mxtorq.surgery.outliers import add_outliers_
+from mxtorq.surgery.outliers import add_outliers_, profile_called
 
 DEFAULT_SEQLEN = 2048
 
@@ -64,6 +66,7 @@ def quantize(
     device: str = "auto",
     family: Family | None = None,
     activation_memory: int | None = None,
+    announce: Callable[[Needs], None] | None = None,
     progress: Progress = silent,
 ) -> Manifest:
     """Quantize a model into a new folder, and prove that the folder holds what was computed.
@@ -78,30 +81,37 @@ def quantize(
         device: where it computes.
         family: one of your own (see `mxtorq.models`); the model's ``model_type`` decides otherwise.
         activation_memory: bytes up to which the calibration activations stay in memory; more than
-            that is read from disk when it is needed. A quarter of the free memory unless given.
+            that is read from disk when it is needed. Unless given, what the rest leaves free, and
+            at most a quarter of the free memory.
+        announce: told before any work what it will need; how long it takes is measured for that.
         progress: told how far it is.
 
     Raises:
         MxtorqError: with what to do.
     """
-    require_free(out)
-    require_ocp(recipe)
-    progress("load", 0, 2)
+    source, unfit, windows, needed = prepare(
+        model,
+        out,
+        recipe,
+        device=device,
+        family=family,
+        activation_memory=activation_memory,
+        measured=announce is not None,
+        progress=progress,
+    )
+    if announce is not None:
+        announce(needed)
+    require(needed)
     # What changes the model as a whole needs it whole; all else takes it layer by layer from disk.
-    whole = recipe.outliers is not None or recipe.method.rotates
-    source = load_model(model, recipe.outliers, recipe.seed, device, family, at_rest=not whole)
-    recipe.method.check(network_shape(source.model, source.family))
-    unfit = require_fit(source.model, source.family, recipe.allow_unfit)
-    progress("load", 1, 2)
-    windows = calibrate(source, recipe)
-    progress("load", 2, 2)
-    if activation_memory is None:
-        activation_memory = psutil.virtual_memory().available // 4
+    if needs_whole(recipe):
+        progress("load the whole model", 0, 1)
+        source = load_model(model, recipe.outliers, recipe.seed, device, family)
+        progress("load the whole model", 1, 1)
     with unfinished(out, request(source, recipe, windows)) as run:
         rotate_(source, windows, recipe, unfit, progress, run)
         first = first_inputs(source, windows.ids)
         inputs = stored_inputs(
-            first, run.activations, run.finished, windows.ids.numel(), activation_memory
+            first, run.activations, run.finished, windows.ids.numel(), needed.activation_memory
         )
         layers = quantize_layers_(source, inputs, recipe, unfit, progress, run.finished)
         for index, layer, done in layers:
@@ -116,6 +126,15 @@ def quantize(
             verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
         progress("write", 2, 2)
     return manifest
+
+
+def preview(model: str, out: Path, recipe: Recipe, **options: Any) -> Needs:
+    """What `quantize` will need with the same arguments, time included; writes nothing.
+
+    Raises:
+        MxtorqError: what `quantize` would raise before it begins, but for what does not fit.
+    """
+    return prepare(model, out, recipe, **options, measured=True)[-1]
 
 
 def evaluate(
@@ -171,6 +190,35 @@ def evaluate(
 
 
 # The chapters.
+
+
+def prepare(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    *,
+    device: str = "auto",
+    family: Family | None = None,
+    activation_memory: int | None = None,
+    measured: bool,
+    progress: Progress = silent,
+) -> tuple[Source, dict[str, int], Windows, Needs]:
+    """The model at rest, its sites that stay in BF16, the calibration text, and what is needed."""
+    require_free(out)
+    require_ocp(recipe)
+    if recipe.outliers is not None:
+        profile_called(recipe.outliers)
+    progress("load", 0, 2)
+    source = load_model(model, None, recipe.seed, device, family, at_rest=True)
+    recipe.method.check(network_shape(source.model, source.family))
+    unfit = require_fit(source.model, source.family, recipe.allow_unfit)
+    progress("load", 1, 2)
+    windows = calibrate(source, recipe)
+    progress("load", 2, 2)
+    progress("preflight", 0, 1)
+    needed = needs(source, recipe, windows, unfit, out, activation_memory, measured=measured)
+    progress("preflight", 1, 1)
+    return source, unfit, windows, needed
 
 
 def load_model(

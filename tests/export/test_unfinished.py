@@ -20,9 +20,16 @@ from hypothesis import given
 from fuzz.test_fuzz_readers import bounded, damaged, fuzz, odd, only_ours, texts
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
 from mxtorq.export.manifest import FILE, SiteEntry
-from mxtorq.export.output import alone, lock_file, log_file, partial_folder, require_absent
+from mxtorq.export.output import (
+    alone,
+    finished_layers,
+    lock_file,
+    log_file,
+    partial_folder,
+    require_absent,
+)
 from mxtorq.export.records import REQUEST, seal_of
-from mxtorq.export.unfinished import Unfinished, finished_layers, require_free, unfinished
+from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.transforms.base import OfflineRotations
 from mxtorq.transforms.kronecker import KroneckerRotation
 from mxtorq.writing import write_tensors, write_text

@@ -12,6 +12,7 @@ name is looked up again once the lock is there.
 """
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,6 +57,26 @@ def require_absent(out: Path) -> None:
             why="the checkpoint is written beside its final place first",
             todo="name a folder inside one that is yours",
         )
+
+
+def finished_layers(out: Path) -> int:
+    """How many layers of an unfinished run are finished, by a glance."""
+    layers = partial_folder(out) / "layers"
+    return len(list(layers.glob("[0-9]*.json"))) if layers.is_dir() else 0
+
+
+def all_layers(out: Path) -> int | None:
+    """How many layers the model of an unfinished run has; None where nothing says so."""
+    try:
+        request = json.loads((partial_folder(out) / "run.json").read_text(encoding="utf-8"))
+        return int(request["config"]["num_hidden_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def bytes_below(folder: Path) -> int:
+    """What the files of a folder occupy; 0 where there is none."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 @contextmanager

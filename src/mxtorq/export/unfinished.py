@@ -85,11 +85,17 @@ class Unfinished:
         require_own_folder(self.folder)
         if (self.folder / _REMOVING).exists():
             self.remove()
+        if (self.folder / REQUEST).exists() and not self._has_finished_something():
+            self.remove()  # killed too early to go on with: room for any request
         if (self.folder / REQUEST).exists():
             self._go_on()
         else:
             self._start()
         self.is_open = True
+
+    def _has_finished_something(self) -> bool:
+        marks = (self._path(0, ".json"), self.folder / "rotations.json")
+        return any(os.path.lexists(path) for path in marks)
 
     def _start(self) -> None:
         """Make the folder; an earlier process may have been killed while it did the same."""
@@ -368,12 +374,6 @@ def require_free(out: Path) -> None:
             if os.path.lexists(out) and run.folder.is_dir() and run.is_over:
                 run.remove()
     require_absent(out)
-
-
-def finished_layers(out: Path) -> int:
-    """How many layers of an unfinished run are finished, by a glance."""
-    layers = partial_folder(out) / "layers"
-    return len(list(layers.glob("[0-9]*.json"))) if layers.is_dir() else 0
 
 
 def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:

@@ -38,6 +38,24 @@ def profiles() -> dict[str, Any]:
     return content
 
 
+def profile_called(name: str) -> dict[str, Any]:
+    """The profile of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    known = profiles()
+    if name not in known:
+        raise UsageError(
+            asked=f"the outlier profile {name!r}",
+            found=f"the profiles {', '.join(known)}",
+            why="only these travel with the package",
+            todo="name one of them",
+        )
+    found: dict[str, Any] = known[name]
+    return found
+
+
 def channel_factors(
     profile: dict[str, Any], depth: float, site: SiteName, width: int
 ) -> Float[Tensor, " width"]:
@@ -55,14 +73,7 @@ def add_outliers_(model: nn.Module, family: Family, name: str, seed: int) -> Non
     Raises:
         UsageError: there is no such profile.
     """
-    known = profiles()
-    if name not in known:
-        raise UsageError(
-            asked=f"the outlier profile {name!r}",
-            found=f"the profiles {', '.join(known)}",
-            why="only these travel with the package",
-            todo="name one of them",
-        )
+    profile = profile_called(name)
     draw = torch.Generator().manual_seed(seed)
     placements: dict[int, Tensor] = {}
     layers = list(model.get_submodule(family.layers).children())
@@ -76,6 +87,6 @@ def add_outliers_(model: nn.Module, family: Family, name: str, seed: int) -> Non
                 placement = torch.randperm(width, generator=draw)
                 if site.reads_residual:
                     placements[width] = placement
-            factors = channel_factors(known[name], (index + 0.5) / len(layers), site.name, width)
+            factors = channel_factors(profile, (index + 0.5) / len(layers), site.name, width)
             first = next(layer.parameters())
             rescale_site_(layer, site, factors[placement].to(first), attention.head_dim)

@@ -1,0 +1,244 @@
+"""What is in memory at the worst moment of each part of a run, from shapes alone.
+
+Each part has a function of its own, with its formula. A phase is what is alive at one time, so the
+need of a run is that of its worst phase, not the sum of everything. Where an accelerator computes,
+what is computed with lies on the device, and the host holds the rest.
+
+These are the buffers that are as large as weights, activations or Hessians; what is smaller is not
+counted. n is the numbers of the weights that a site rounds as one matrix, d its width, l the
+numbers of its largest linear.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from mxtorq.preflight.job import BF16, Job, SiteSizes
+from mxtorq.reports.needs import Budget
+
+_DOUBLE, _FLOAT = 8, 4
+_READ = 7
+"""Bytes a BF16 number takes while it is looked at for NaN: itself, its magnitude, three masks."""
+_LATER = 300 * 10**6
+"""What libraries still grow by: a compiler, compiled kernels, threads, what an allocator keeps."""
+_PANEL = 512  # rows of a Hessian that are summed up at once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What is alive at one time."""
+
+    name: str
+    compute: dict[str, int] = field(default_factory=dict)
+    """Bytes where it computes, by part."""
+    host: dict[str, int] = field(default_factory=dict)
+    """Bytes beside the processor, by part."""
+
+
+def budgets(
+    job: Job, resident: int, free: int, free_device: int | None, keep_activations: bool
+) -> list[Budget]:
+    """What the worst phase needs of the memory, and of the device's own if it has some.
+
+    Args:
+        job: what shall be done.
+        resident: bytes that the process has already.
+        free: bytes that it may still take.
+        free_device: likewise on the accelerator.
+        keep_activations: whether all activations stay in memory.
+    """
+    every = phases(job, keep_activations)
+    # A model that is in memory by now is among what the process has.
+    loaded = whole_model(job) if job.in_memory else 0
+    libraries = {
+        "libraries and text": _LATER + max(0, resident - (loaded if free_device is None else 0))
+    }
+    if free_device is None:
+        found = [Phase(name=p.name, host=libraries | _sum(p.compute, p.host)) for p in every]
+        return [_worst("memory", found, free + resident)]
+    on_device = [Phase(name=phase.name, host=phase.compute) for phase in every]
+    beside = [Phase(name=phase.name, host=libraries | phase.host) for phase in every]
+    return [
+        _worst("device memory", on_device, free_device + loaded),
+        _worst("memory", beside, free + resident),
+    ]
+
+
+def phases(job: Job, keep_activations: bool) -> list[Phase]:
+    """What is alive when, from the first to the last phase of a run."""
+    model = {"the whole model": whole_model(job)} if job.whole else {}
+    layers = model or {"the layer worked on and the next": 2 * layer(job)}
+    kept = {"activations": job.activations} if keep_activations else {}
+    batch = {} if keep_activations else {"activations of a batch": one_batch(job)}
+    every = [
+        Phase(
+            name="loading",
+            compute=model,
+            host={}
+            if not job.whole or job.in_memory
+            else {"a tensor while it is read": reads(job)}
+            | ({"the model in BF16": BF16 * job.total} if job.size == BF16 else {}),
+        ),
+        Phase(
+            name="the embedding",
+            compute=model | {"the embedding": embedding(job)} | (kept or batch),
+            host={} if job.whole else {"looking for NaN": (_READ - BF16) * job.embedding},
+        ),
+        Phase(
+            name="calibrating a layer",
+            compute=layers
+            | kept
+            | batch
+            | {"a forward pass": forward(job) + products(job)}
+            | {"second moments": 2 * moments(job)},
+            host={} if job.whole else {"a tensor while it is read": reads(job)},
+        ),
+        Phase(
+            name="fitting a layer",
+            compute=layers
+            | kept
+            | {"second moments": moments(job)}
+            | {"choosing a transform": worst_site(job, lambda site: fitting(job, site))},
+        ),
+        Phase(
+            name="rounding a layer",
+            compute=layers
+            | kept
+            | {"second moments": moments(job), "those of experts": expert_moments(job)}
+            | {"rounding a site": worst_site(job, lambda site: rounding(job, site))},
+        ),
+        Phase(
+            name="running the quantized layer",
+            compute=layers
+            | kept
+            | batch
+            | {"second moments": moments(job), "those of experts": expert_moments(job)}
+            | {"a forward pass": forward(job) + dequantized(job)},
+        ),
+        Phase(
+            name="writing",
+            compute=model,
+            host={"tensors outside of the layers": outside(job)},
+        ),
+        Phase(
+            name="reading back",
+            compute=model | {"a layer": packed(job), "a forward pass": forward(job)},
+            host={"tensors outside of the layers": outside(job)},
+        ),
+    ]
+    return [_without_zeros(phase) for phase in every]
+
+
+def whole_model(job: Job) -> int:
+    """Every number in the dtype that it computes in."""
+    return job.size * job.total
+
+
+def layer(job: Job) -> int:
+    """A decoder layer in the dtype that it computes in."""
+    return job.size * job.layer
+
+
+def packed(job: Job) -> int:
+    """A quantized layer, and its largest weight dequantized for a product: 17/32 bytes a number."""
+    return job.quantized * 17 // 32 + dequantized(job)
+
+
+def reads(job: Job) -> int:
+    """The largest tensor of a layer between disk and layer: BF16, what a look for NaN takes, and a
+    copy in the dtype that it computes in."""
+    return (_READ + job.size) * max((site.largest for site in job.sites), default=0)
+
+
+def embedding(job: Job) -> int:
+    """The embedding in BF16; it stays in the model that is in memory as a whole."""
+    return 0 if job.whole else BF16 * job.embedding
+
+
+def outside(job: Job) -> int:
+    """The largest tensor outside of the layers, read twice and compared: BF16, and 7 bytes."""
+    return (BF16 + _READ) * max(job.outside)
+
+
+def one_batch(job: Job) -> int:
+    """What a layer gets and what it gives, of one batch."""
+    return 2 * job.batch * job.hidden * job.size
+
+
+def forward(job: Job) -> int:
+    """A layer's intermediate results for one batch: four of the width of the residual stream, and
+    six of attention's width (q, k, v, and turned by their positions) or three of the MLP's."""
+    inside = max(6 * job.attention, 3 * job.mlp)
+    return job.batch * job.size * (4 * job.hidden + inside)
+
+
+def products(job: Job) -> int:
+    """What one summand of a Hessian takes: inputs in float32, and a panel of 512 rows of it."""
+    width = _widest(job)
+    copies = 0 if job.size == _FLOAT else _FLOAT * job.batch * width
+    return (copies + _FLOAT * _PANEL * width) if job.hessians else 0
+
+
+def dequantized(job: Job) -> int:
+    """The largest weight out of its codes, and one batch of transformed inputs in float32."""
+    largest = max((site.largest for site in job.sites), default=0)
+    return job.size * largest + _FLOAT * job.batch * _widest(job)
+
+
+def moments(job: Job) -> int:
+    """The Hessian of each site of a layer: 8 d^2."""
+    return sum(_DOUBLE * site.width**2 for site in job.sites) if job.hessians else 0
+
+
+def expert_moments(job: Job) -> int:
+    """A Hessian for each expert, where rounding looks at its own tokens: 8 d^2 each."""
+    if not job.recipe.rounding.compensates:
+        return 0
+    return sum(_DOUBLE * s.groups * s.width**2 for s in job.sites if s.experts)
+
+
+def fitting(job: Job, site: SiteSizes) -> int:
+    """A site's weights in float64, 8 n for all experts, and a Hessian for a method that reads it,
+    8 d^2. What a method takes beside that is its own affair."""
+    return _DOUBLE * site.groups * site.stacked + (
+        _DOUBLE * site.width**2 if job.recipe.method.needs_hessian else 0
+    )
+
+
+def rounding(job: Job, site: SiteSizes) -> int:
+    """The stacked weights and their parts in float32, 8 n, and the worst of: fusing a linear,
+    16 l; of a rounding with a Hessian, its factor and what leads to it, 24 d^2; of one that
+    compensates, the transformed Hessian and the factor, 12 d^2, with errors, moves and codes,
+    12 n."""
+    own = _DOUBLE * site.stacked
+    fusing = 2 * _DOUBLE * site.largest
+    if not job.recipe.rounding.needs_hessian:
+        return own + max(fusing - _FLOAT * site.stacked, 2 * site.stacked)
+    factor = 24 * site.width**2
+    return own + max(fusing, factor, 12 * site.width**2 + 12 * site.stacked)
+
+
+def worst_site(job: Job, need: Callable[[SiteSizes], int]) -> int:
+    """What the site takes that takes most."""
+    return max((need(site) for site in job.sites), default=0)
+
+
+def _widest(job: Job) -> int:
+    return max((site.width for site in job.sites), default=0)
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: sum(part.get(name, 0) for part in parts) for name in names}
+
+
+def _without_zeros(phase: Phase) -> Phase:
+    return Phase(
+        name=phase.name,
+        compute={name: size for name, size in phase.compute.items() if size},
+        host={name: size for name, size in phase.host.items() if size},
+    )
+
+
+def _worst(name: str, every: Iterable[Phase], free: int) -> Budget:
+    worst = max(every, key=lambda phase: sum(phase.host.values()))
+    return Budget(name=name, phase=worst.name, parts=worst.host, free=free)
