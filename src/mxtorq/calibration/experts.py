@@ -6,20 +6,24 @@ moment would be singular, and GPTQ would make errors good in directions that it 
 Such an expert takes the moment of all tokens of the site.
 
 It costs one more pass over the layer, and with moments a float64 matrix for each expert that saw a
-token: 4.3 GB for 128 experts of a width of 2048.
+token: 4.3 GB for 128 experts of a width of 2048. Of several ranks each runs its own batches and is
+given what reached the experts of the others, in the order of one process: there are few tokens to
+an expert, and whichever rank rounds it needs all of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
-from mxtorq.calibration.capture import LayerInput
+from mxtorq.calibration.capture import LayerInput, turns
 from mxtorq.calibration.statistics import SiteAccumulator
 from mxtorq.models.family import Site
+from mxtorq.ranks import SOLO, Ranks
 
 EXPERT_SAMPLE = 64
 """Tokens of each expert that are kept for output errors: its first ones."""
@@ -43,8 +47,7 @@ class _Collector:
         self._sample: list[Tensor] = []
         self._tokens = 0
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        rows = args[0]
+    def add(self, rows: Tensor) -> None:
         self._sample.append(rows[: max(0, EXPERT_SAMPLE - self._tokens)].float())
         self._tokens += len(rows)
         if self._through is not None:
@@ -66,14 +69,16 @@ def capture_experts(
     sites: Mapping[str, Site],
     inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
+    ranks: Ranks = SOLO,
 ) -> dict[str, list[ExpertInputs]]:
     """Run a layer over all inputs and record what reaches each expert of the sites that have any.
 
     Args:
         layer: the decoder layer, unquantized.
         sites: by full name; those without experts are left out.
-        inputs: the layer's inputs; left as they are.
+        inputs: the layer's inputs, those of this rank; left as they are.
         through: by site, what is done to inputs before their moment; without, no moments.
+        ranks: who records together.
 
     Raises:
         ModelError: an activation is NaN or Inf.
@@ -82,17 +87,29 @@ def capture_experts(
     if not firsts:
         return {}
     collectors: dict[str, list[_Collector]] = {name: [] for name in firsts}
+    heard: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in firsts}
+
+    def recorder(name: str, number: int) -> Any:
+        return lambda module, args: heard[name].append((number, args[0]))
+
     hooks = []
     for name, paths in firsts.items():
-        for path in paths:
+        for number, path in enumerate(paths):
             linear: Any = layer.get_submodule(path)
             collectors[name].append(_Collector(name, linear.in_features, through.get(name)))
-            hooks.append(linear.register_forward_pre_hook(collectors[name][-1]))
+            hooks.append(linear.register_forward_pre_hook(recorder(name, number)))
     try:
-        for item in inputs:
-            layer(item.hidden, **item.arguments)
+        for item, _ in turns(inputs, ranks)[0]:
+            if item is not None:
+                layer(item.hidden, **item.arguments)
+            for name, calls in heard.items():
+                numbers = ranks.all_json([number for number, _ in calls])
+                parts = ranks.gather([rows for _, rows in calls])
+                for number, rows in zip(chain.from_iterable(numbers), parts, strict=True):
+                    collectors[name][number].add(rows)
+                calls.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    like = inputs[0].hidden
+    like: Any = next(layer.parameters())
     return {name: [each.finish(like) for each in found] for name, found in collectors.items()}

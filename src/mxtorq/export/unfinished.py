@@ -148,7 +148,7 @@ class Unfinished:
 
     def keep_rotations(self, rotations: OfflineRotations) -> None:
         """Remember what was chosen for the whole model. Raises `OSError`."""
-        chosen = _named_rotations(rotations)
+        chosen = named_rotations(rotations)
         if any(each.kind not in KINDS for each in chosen.values()):
             return  # one of the caller's own: chosen anew, which gives the same
         facts = write_tensors(self.folder / "rotations.safetensors", transform_tensors(chosen))
@@ -175,11 +175,7 @@ class Unfinished:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise self._refuse(f"rotations.json: {type(error).__name__}: {error}") from error
-        rotations = {name: each for name, each in made.items() if isinstance(each, Rotation)}
-        residual = rotations.pop("residual", None)
-        return OfflineRotations(
-            residual, tuple(rotations[f"head.{n}"] for n in range(len(rotations)))
-        )
+        return rotations_named(made)
 
     def pieces(self, ending: str = ".safetensors") -> list[Path]:
         """The tensor files of all layers, in order; those of one ``ending`` behind the number."""
@@ -341,6 +337,19 @@ def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
     }
 
 
+def named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
+    """The rotations of a whole model under the names that records give them."""
+    named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
+    return named if rotations.residual is None else {"residual": rotations.residual, **named}
+
+
+def rotations_named(transforms: Mapping[str, Transform]) -> OfflineRotations:
+    """The inverse of `named_rotations`."""
+    rotations = {name: each for name, each in transforms.items() if isinstance(each, Rotation)}
+    residual = rotations.pop("residual", None)
+    return OfflineRotations(residual, tuple(rotations[f"head.{n}"] for n in range(len(rotations))))
+
+
 def require_absent(out: Path) -> None:
     """Refuse an output that exists or whose parent cannot be written, before any work.
 
@@ -416,11 +425,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
-
-
-def _named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
-    named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
-    return named if rotations.residual is None else {"residual": rotations.residual, **named}
 
 
 def _make_parents(out: Path) -> list[Path]:
