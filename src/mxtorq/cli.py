@@ -31,6 +31,7 @@ from mxtorq.options import (
     MODEL_HELP,
     Calibration,
     CalibrationTokens,
+    DeterministicReduce,
     Device,
     EvalTokens,
     Json,
@@ -81,7 +82,8 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     "  mxtorq quantize my-quantized-model\n\n"
     "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
     "\n\n"
-    "  mxtorq quantize ./llama out --method hadamard --scale-rule even"
+    "  mxtorq quantize ./llama out --method hadamard --scale-rule even\n\n"
+    "  torchrun --nproc-per-node 8 -m mxtorq quantize ./llama out --rounding gptq"
 )
 def quantize(
     paths: Annotated[
@@ -99,6 +101,7 @@ def quantize(
     allow_unfit: Unfit = None,
     family: OwnFamily = None,
     device: Device = "auto",
+    deterministic_reduce: DeterministicReduce = False,
     json_path: ManifestJson = None,
 ) -> None:
     """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked."""
@@ -113,7 +116,10 @@ def quantize(
         outliers=outliers,
         allow_unfit=allow_unfit,
     )
-    with speaking(f"nothing was written to {paths[-1]}"):
+    said = f"nothing was written to {paths[-1]}"
+    if "WORLD_SIZE" in os.environ:  # torchrun stops all ranks when one has ended
+        said += ". If nobody wanted that, another rank ended: look at its message"
+    with speaking(said):
         if len(paths) > 2:
             raise UsageError(
                 asked=f"quantize {' '.join(paths)}",
@@ -124,21 +130,26 @@ def quantize(
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
         from mxtorq.config import parse_family, read_settings, recipe_from
+        from mxtorq.loading.source import pick_device
+        from mxtorq.ranks import ranks_from_environment
 
         require_writable(json_path)
         settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
         chosen = recipe_from({**settings, **given})
-        with progress_bars() as progress:
+        place, exact = pick_device(device), deterministic_reduce
+        with ranks_from_environment(place, exact=exact) as ranks, progress_bars() as progress:
             manifest = pipeline.quantize(
                 model,
                 Path(out),
                 chosen,
-                device=device,
+                device=str(ranks.device),
                 family=parse_family(family),
-                progress=progress,
+                progress=progress if ranks.leads else pipeline.silent,
+                ranks=ranks,
             )
-        report_written(Path(out), manifest)
-        write_record(json_path, manifest.to_json())
+        if ranks.leads:
+            report_written(Path(out), manifest)
+            write_record(json_path, manifest.to_json())
 
 
 @app.command(

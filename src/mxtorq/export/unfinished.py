@@ -85,8 +85,7 @@ class Unfinished:
             self._require_empty()
             write_text(self.folder / "run.json", json.dumps(self._request, indent=1) + "\n")
             return
-        text = read_text(self.folder / "run.json", _LONGEST, self._refuse)
-        _require_same(self.folder, parse_object(text, self._refuse), self._request)
+        self.require_same()
         while (self._path(len(self.layers), ".json")).exists():
             self.layers.append(self._read_record(len(self.layers)))
         last = self.layers[-1].files if self.layers else {}
@@ -99,6 +98,11 @@ class Unfinished:
         for path in (self.folder / "activations").iterdir():  # of a layer that was not finished
             if f"activations/{path.name}" not in last:
                 path.unlink()
+
+    def require_same(self) -> None:
+        """Refuse what is there if it was asked for something else. Raises as `open`."""
+        text = read_text(self.folder / "run.json", _LONGEST, self._refuse)
+        _require_same(self.folder, parse_object(text, self._refuse), self._request)
 
     @property
     def finished(self) -> int:
