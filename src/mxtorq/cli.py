@@ -332,7 +332,10 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill cleans up as Ctrl-C does
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    app()
+    try:
+        app()
+    finally:  # all is said and cleaned up: torchrun may stop what is left of a rank
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

@@ -19,9 +19,11 @@ float16 and bfloat16 lose nothing, their products are exact in float32. Inputs i
 multiplied in float64, and so are inputs so large that a square could leave float32. The bound is
 that of IEEE arithmetic: it does not hold where torch was told to multiply in TF32.
 
-Of several ranks each sums up its own tokens, and `SiteAccumulator.join_` adds the sums. Where these
-shall be those of one process to the bit, every rank is given all tokens in their order instead and
-adds to some panels of the Hessian only: the others stay zero, and adding zeros is exact.
+Of several ranks each sums up its own tokens, and `SiteAccumulator.join_` adds the sums. A float64
+sum of float32 products is exact while the largest is below 2^28 times the smallest, so that their
+order hardly ever shows. Where sums shall be those of one process to the bit in any case, every rank
+is given all tokens in their order instead and adds to some panels of the Hessian only: the others
+stay zero, and adding zeros is exact.
 """
 
 from collections.abc import Iterator, Sequence
