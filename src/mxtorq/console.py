@@ -2,7 +2,9 @@
 
 import os
 import shlex
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +44,7 @@ def speaking(after_interrupt: str) -> Iterator[None]:
     try:
         yield
     except MxtorqError as error:
+        _finish_speaking()
         _ERR.print(f"[bold red]{type(error).__name__}[/bold red]")
         for label, part in (
             ("asked", error.asked),
@@ -52,8 +55,15 @@ def speaking(after_interrupt: str) -> Iterator[None]:
             _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
+        _finish_speaking()
         _ERR.print(f"\n[bold red]Interrupted[/bold red]: {escape(after_interrupt)}.")
         raise typer.Exit(130) from None
+
+
+def _finish_speaking() -> None:
+    """Nothing cuts the last words short: torchrun stops all ranks when it sees one end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -125,20 +125,19 @@ def quantize(
         layers = quantize_layers_(source, inputs, recipe, unfit, progress, finished, ranks)
         for index, layer, done in layers:
             keep_layer_(run, source, index, layer, done, inputs, ranks)
-        if ranks.leads:
-            progress("write", 0, 2)
-            with run.checkpoint() as folder:
-                files = write_checkpoint(folder, source, run)
-                sites = [entry for record in run.layers for entry in record.sites]
-                manifest = describe(source, recipe, windows, sites, unfit, files)
-                write_manifest(folder, manifest)
-                progress("write", 1, 2)
-                verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
-            progress("write", 2, 2)
-    if ranks.leads:
-        ranks.json_from_leader(manifest.to_json())
-        return manifest
-    return Manifest.from_json(ranks.json_from_leader(None), str(out))
+        if not ranks.leads:
+            return Manifest.from_json(ranks.json_from_leader(None), str(out))
+        progress("write", 0, 2)
+        with run.checkpoint() as folder:
+            files = write_checkpoint(folder, source, run)
+            sites = [entry for record in run.layers for entry in record.sites]
+            manifest = describe(source, recipe, windows, sites, unfit, files)
+            write_manifest(folder, manifest)
+            progress("write", 1, 2)
+            verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
+            ranks.json_from_leader(manifest.to_json())  # the others have waited for this
+        progress("write", 2, 2)
+    return manifest
 
 
 def evaluate(

@@ -20,10 +20,10 @@ multiplied in float64, and so are inputs so large that a square could leave floa
 that of IEEE arithmetic: it does not hold where torch was told to multiply in TF32.
 
 Of several ranks each sums up its own tokens, and `SiteAccumulator.join_` adds the sums. A float64
-sum of float32 products is exact while the largest is below 2^28 times the smallest, so that their
-order hardly ever shows. Where sums shall be those of one process to the bit in any case, every rank
-is given all tokens in their order instead and adds to some panels of the Hessian only: the others
-stay zero, and adding zeros is exact.
+sum of n float32 numbers is exact while the largest is below 2^29 / n times the smallest, so that
+their order shows in few entries, in the last bit. Where sums shall be those of one process to the
+bit in any case, every rank is given all tokens in their order instead and adds to some panels of
+the Hessian only: the others stay zero, and adding zeros is exact.
 """
 
 from collections.abc import Iterator, Sequence
