@@ -35,6 +35,7 @@ from mxtorq.options import (
     ActivationMemory,
     Calibration,
     CalibrationTokens,
+    DeterministicReduce,
     Device,
     DryRun,
     EvalTokens,
@@ -88,7 +89,8 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
     "\n\n"
     "  mxtorq quantize ./llama out --method hadamard --scale-rule even\n\n"
-    "  mxtorq quantize ./llama out --rounding gptq --activation-memory 8GB --dry-run"
+    "  mxtorq quantize ./llama out --rounding gptq --activation-memory 8GB --dry-run\n\n"
+    "  torchrun --nproc-per-node 8 -m mxtorq quantize ./llama out --rounding gptq"
 )
 def quantize(
     paths: Annotated[
@@ -107,6 +109,7 @@ def quantize(
     family: OwnFamily = None,
     device: Device = "auto",
     activation_memory: ActivationMemory = None,
+    deterministic_reduce: DeterministicReduce = False,
     dry_run: DryRun = False,
     json_path: ManifestJson = None,
 ) -> None:
@@ -136,29 +139,41 @@ def quantize(
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
         from mxtorq.config import parse_family, read_settings, recipe_from
+        from mxtorq.loading.source import pick_device
         from mxtorq.preflight.check import require
+        from mxtorq.ranks import ranks_from_environment
 
         require_writable(json_path)
         settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
         chosen = recipe_from({**settings, **given})
         arguments: dict[str, Any] = {
-            "device": device,
             "family": parse_family(family),
             "activation_memory": bytes_of("--activation-memory", activation_memory),
         }
         if dry_run:
             with progress_bars() as progress:
-                needs = pipeline.preview(model, Path(out), chosen, **arguments, progress=progress)
+                needs = pipeline.preview(
+                    model, Path(out), chosen, device=device, **arguments, progress=progress
+                )
             report_needs(needs)
             write_record(json_path, needs.to_json())
             require(needs)
             return
-        with progress_bars() as progress:
+        place, exact = pick_device(device), deterministic_reduce
+        with ranks_from_environment(place, exact=exact) as ranks, progress_bars() as progress:
             manifest = pipeline.quantize(
-                model, Path(out), chosen, **arguments, announce=report_needs, progress=progress
+                model,
+                Path(out),
+                chosen,
+                device=str(ranks.device),
+                **arguments,
+                announce=report_needs,
+                progress=progress if ranks.leads else pipeline.silent,
+                ranks=ranks,
             )
-        report_written(Path(out), manifest)
-        write_record(json_path, manifest.to_json())
+        if ranks.leads:
+            report_written(Path(out), manifest)
+            write_record(json_path, manifest.to_json())
 
 
 @app.command(
@@ -393,7 +408,10 @@ def main() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     signal.signal(signal.SIGTERM, _interrupt)  # a polite kill cleans up as Ctrl-C does
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    app()
+    try:
+        app()
+    finally:  # all is said and cleaned up: torchrun may stop what is left of a rank
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _interrupt(signum: int, frame: Any) -> None:

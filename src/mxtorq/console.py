@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -64,6 +65,7 @@ def speaking(after_interrupt: str | Callable[[], str]) -> Iterator[None]:
         try:
             yield
         except MxtorqError as error:
+            _finish_speaking()
             _ERR.print(f"[bold red]{type(error).__name__}[/bold red]")
             for label, part in (
                 ("asked", error.asked),
@@ -74,6 +76,7 @@ def speaking(after_interrupt: str | Callable[[], str]) -> Iterator[None]:
                 _ERR.print(f"  [bold]{label + ':':7}[/bold]{escape(part)}", soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
+            _finish_speaking()
             farewell()  # everything that cleans up stands inside of this block
             end_now()
 
@@ -81,6 +84,9 @@ def speaking(after_interrupt: str | Callable[[], str]) -> Iterator[None]:
 def what_is_left(out: Path) -> Callable[[], str]:
     """What finds out, later, what an interrupted run into ``out`` has left."""
     was_there = out.exists()
+    # torchrun stops all ranks when one has ended.
+    several = "WORLD_SIZE" in os.environ
+    hint = ". If nobody wanted that, another rank ended: look at its message" if several else ""
 
     def find() -> str:
         folder, finished = partial_folder(out), finished_layers(out)
@@ -91,12 +97,18 @@ def what_is_left(out: Path) -> Callable[[], str]:
         elif (folder / "rotations.json").exists():
             kept = f"the rotations of the whole model are kept in {folder}"
         elif folder.exists():
-            return f"nothing was written to {out}; the next run into it will clear {folder}"
+            return f"nothing was written to {out}; the next run into it will clear {folder}{hint}"
         else:
-            return f"nothing was written to {out}"
-        return f"{kept}; run the same command again to go on"
+            return f"nothing was written to {out}{hint}"
+        return f"{kept}; run the same command again to go on{hint}"
 
     return find
+
+
+def _finish_speaking() -> None:
+    """Nothing cuts the last words short: torchrun stops all ranks when it sees one end."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -7,6 +7,7 @@
     |-- FormatError         numbers or bytes that are not MXFP4
     |-- OutputError         the output folder exists or cannot be written
     |-- CheckpointError     a checkpoint is corrupt, truncated or of an unknown version
+    |-- RankError           of several processes that work together, another one ended
     `-- VerificationError   what was written and what was computed differ
 
 A message has four parts, in this order: what was asked, what was found, why that cannot work, and
@@ -51,6 +52,10 @@ class OutputError(MxtorqError):
 
 class CheckpointError(MxtorqError):
     """A checkpoint is corrupt, truncated, or of a version that this release does not know."""
+
+
+class RankError(MxtorqError):
+    """One of several processes that work together cannot go on because another one ended."""
 
 
 class VerificationError(MxtorqError):

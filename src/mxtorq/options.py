@@ -108,6 +108,14 @@ DryRun = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...; auto takes an accelerator.")]
+DeterministicReduce = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic-reduce",
+        help="Under torchrun: give the bytes of one process, by sums in its order. Every rank then "
+        "gets the inputs of every site from all others.",
+    ),
+]
 OwnFamily = Annotated[
     str | None,
     typer.Option(

@@ -8,13 +8,15 @@
 What happens inside of a model, layer by layer, stands in `quantization`.
 
 Each step is a function from values to values; the order below is the order in which things happen
-to a model. Progress is a callback. Randomness comes from the recipe's seed alone.
+to a model. Progress is a callback. Randomness comes from the recipe's seed alone. Of several ranks
+(see `ranks`) each goes through the same steps; the leader alone keeps what is finished.
 """
 
 import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,9 @@ from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, roun
 from mxtorq.errors import UsageError
 from mxtorq.evaluation.perplexity import perplexity
 from mxtorq.export.checkpoint import is_checkpoint, write_manifest
+from mxtorq.export.following import following, require_shared
 from mxtorq.export.manifest import Manifest, SiteEntry
+from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.skeleton import empty_
@@ -45,11 +49,14 @@ from mxtorq.quantization import (
     merge_rotations_,
     quantize_layers_,
 )
+from mxtorq.ranks import SOLO, Ranks
 from mxtorq.reports.needs import Needs
 from mxtorq.reports.schema import Results, Row
+from mxtorq.sharing import all_transforms
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
 from mxtorq.surgery.outliers import add_outliers_, profile_called
+from mxtorq.transforms.base import OfflineRotations
 
 DEFAULT_SEQLEN = 2048
 
@@ -68,6 +75,7 @@ def quantize(
     activation_memory: int | None = None,
     announce: Callable[[Needs], None] | None = None,
     progress: Progress = silent,
+    ranks: Ranks = SOLO,
 ) -> Manifest:
     """Quantize a model into a new folder, and prove that the folder holds what was computed.
 
@@ -85,37 +93,44 @@ def quantize(
             at most a quarter of the free memory.
         announce: told before any work what it will need; how long it takes is measured for that.
         progress: told how far it is.
+        ranks: the processes that work on it together, each of which has to call this.
 
     Raises:
         MxtorqError: with what to do.
     """
-    source, unfit, windows, needed = prepare(
-        model,
-        out,
-        recipe,
-        device=device,
-        family=family,
-        activation_memory=activation_memory,
-        measured=announce is not None,
-        progress=progress,
-    )
-    if announce is not None:
-        announce(needed)
-    require(needed)
-    # What changes the model as a whole needs it whole; all else takes it layer by layer from disk.
-    if needs_whole(recipe):
-        progress("load the whole model", 0, 1)
-        source = load_model(model, recipe.outliers, recipe.seed, device, family)
-        progress("load the whole model", 1, 1)
-    with unfinished(out, request(source, recipe, windows)) as run:
-        rotate_(source, windows, recipe, unfit, progress, run)
-        first = first_inputs(source, windows.ids)
-        inputs = stored_inputs(
-            first, run.activations, run.finished, windows.ids.numel(), needed.activation_memory
+    with ranks.leader_first():
+        source, unfit, windows, needed = prepare(
+            model,
+            out,
+            recipe,
+            device=device,
+            family=family,
+            activation_memory=activation_memory,
+            measured=announce is not None,
+            progress=progress,
+            ranks=ranks,
         )
-        layers = quantize_layers_(source, inputs, recipe, unfit, progress, run.finished)
+        if ranks.leads:
+            if announce is not None:
+                announce(needed)
+            require(needed)
+        # What changes the model as a whole needs it whole; all else takes it layer by layer.
+        if needs_whole(recipe):
+            progress("load the whole model", 0, 1)
+            source = load_model(model, recipe.outliers, recipe.seed, device, family)
+            progress("load the whole model", 1, 1)
+    asked, memory = request(source, recipe, windows), needed.activation_memory
+    with unfinished(out, asked) if ranks.leads else following(out) as run:
+        finished = ranks.json_from_leader(run.finished)
+        require_shared(out, asked)
+        rotate_(source, windows, recipe, unfit, progress, run, ranks)
+        first = first_inputs(source, windows.ids, ranks)
+        inputs = stored_inputs(first, run.activations, finished, windows.ids.numel(), memory, ranks)
+        layers = quantize_layers_(source, inputs, recipe, unfit, progress, finished, ranks)
         for index, layer, done in layers:
-            keep_layer_(run, source, index, layer, done, inputs)
+            keep_layer_(run, source, index, layer, done, inputs, ranks)
+        if not ranks.leads:
+            return Manifest.from_json(ranks.json_from_leader(None), str(out))
         progress("write", 0, 2)
         with run.checkpoint() as folder:
             files = write_checkpoint(folder, source, run)
@@ -124,6 +139,7 @@ def quantize(
             write_manifest(folder, manifest)
             progress("write", 1, 2)
             verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
+            ranks.json_from_leader(manifest.to_json())  # the others have waited for this
         progress("write", 2, 2)
     return manifest
 
@@ -202,9 +218,11 @@ def prepare(
     activation_memory: int | None = None,
     measured: bool,
     progress: Progress = silent,
+    ranks: Ranks = SOLO,
 ) -> tuple[Source, dict[str, int], Windows, Needs]:
     """The model at rest, its sites that stay in BF16, the calibration text, and what is needed."""
-    require_free(out)
+    if ranks.leads:
+        require_free(out)
     require_ocp(recipe)
     if recipe.outliers is not None:
         profile_called(recipe.outliers)
@@ -216,6 +234,7 @@ def prepare(
     windows = calibrate(source, recipe)
     progress("load", 2, 2)
     progress("preflight", 0, 1)
+    measured = measured and ranks.leads
     needed = needs(source, recipe, windows, unfit, out, activation_memory, measured=measured)
     progress("preflight", 1, 1)
     return source, unfit, windows, needed
@@ -300,15 +319,21 @@ def rotate_(
     unfit: Mapping[str, int],
     progress: Progress,
     run: Unfinished,
+    ranks: Ranks,
 ) -> None:
-    """Merge the method's rotations of the whole model, chosen now or by an earlier process."""
+    """Merge the method's rotations of the whole model, chosen now or by an earlier process.
+
+    Of several ranks the leader chooses.
+    """
     if not recipe.method.rotates:
         return
-    rotations = run.rotations()
+    rotations = run.rotations() if ranks.leads else OfflineRotations()
     if rotations is None:
         rotations = choose_rotations(source, windows.ids, recipe, progress)
         run.keep_rotations(rotations)
-    merge_rotations_(source, rotations, unfit)
+    again = cache(lambda: named_rotations(choose_rotations(source, windows.ids, recipe, silent)))
+    shared = all_transforms(ranks, named_rotations(rotations), lambda name: again()[name])
+    merge_rotations_(source, rotations_named(shared), unfit)
 
 
 def keep_layer_(
@@ -318,18 +343,25 @@ def keep_layer_(
     layer: nn.Module,
     done: QuantizedLayer,
     inputs: Sequence[StoredInput],
+    ranks: Ranks,
 ) -> None:
-    """Keep a quantized layer and what the next one gets, and let go of the layer."""
-    run.add_layer(
-        stored_tensors(source, index, layer),
-        done.transforms,
-        done.sites,
-        kept_linears(source, index, layer),
-        {item.path.name: item.facts for item in inputs},
-    )
+    """Keep a quantized layer and what the next one gets, and let go of the layer.
+
+    The files of all ranks are whole when the leader calls the layer finished.
+    """
+    files = ranks.all_json({item.path.name: item.facts for item in inputs})
+    if ranks.leads:
+        run.add_layer(
+            stored_tensors(source, index, layer),
+            done.transforms,
+            done.sites,
+            kept_linears(source, index, layer),
+            {name: facts for each in files for name, facts in each.items()},
+        )
+        errors = [entry.output_error for entry in done.sites]
+        mean = sum(errors) / max(1, len(errors))
+        run.log(f"layer {index} is finished, mean output error {mean:.3e}")
     empty_(layer)
-    errors = [entry.output_error for entry in done.sites]
-    run.log(f"layer {index} is finished, mean output error {sum(errors) / max(1, len(errors)):.3e}")
 
 
 def describe(

@@ -24,16 +24,15 @@ from mxtorq.calibration.capture import (
 )
 from mxtorq.calibration.experts import ExpertInputs, capture_experts
 from mxtorq.config import Recipe
-from mxtorq.evaluation.fidelity import output_error
 from mxtorq.export.manifest import SiteEntry
-from mxtorq.formats.mxfp4 import MXFP4
-from mxtorq.formats.scales import Scale, ScaledE2M1
+from mxtorq.formats.scales import Scale
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.loading.at_rest import embedded, staged_
 from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family, Site
-from mxtorq.surgery.fuse import quantize_site_, require_fit
-from mxtorq.surgery.linear import fused_weights, linear_at
+from mxtorq.ranks import SOLO, Ranks
+from mxtorq.sharing import Group, fitted_sites, round_sites_
+from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network
 from mxtorq.surgery.offline import apply_offline_, round_kept_
 from mxtorq.surgery.rescale import is_norm, merge_diagonal_
@@ -63,16 +62,6 @@ class Quantized:
     unfit: dict[str, int]
     search_seconds: float
     """Time in which the method chose its transforms."""
-
-
-class Group(NamedTuple):
-    """Linears of a site that see the same tokens."""
-
-    linears: tuple[str, ...]
-    hessian: Callable[[], Tensor]
-    """Gives the second moment of what they see, transformed."""
-    sample: Tensor
-    """Some of what they see."""
 
 
 class Stopwatch:
@@ -109,11 +98,13 @@ def quantize_(
     )
 
 
-def first_inputs(source: Source, windows: Int64[Tensor, "n seqlen"]) -> Iterator[LayerInput]:
-    """What the first decoder layer gets, batch by batch."""
+def first_inputs(
+    source: Source, windows: Int64[Tensor, "n seqlen"], ranks: Ranks = SOLO
+) -> Iterator[LayerInput]:
+    """What the first decoder layer gets, batch by batch; of several ranks this one's batches."""
     with embedded(source):
         yield from each_first_input(
-            source.model, source.family, windows, source.device, source.dtype
+            source.model, source.family, windows, source.device, source.dtype, ranks
         )
 
 
@@ -124,16 +115,18 @@ def quantize_layers_(
     unfit: Mapping[str, int],
     progress: Progress,
     start: int = 0,
+    ranks: Ranks = SOLO,
 ) -> Iterator[tuple[int, nn.Module, QuantizedLayer]]:
     """Quantize layer after layer in place: the quantized layer's output feeds the next.
 
     Args:
         source: the model.
-        inputs: what the layer ``start`` gets; always what the next one gets.
+        inputs: what the layer ``start`` gets, this rank's part; always what the next one gets.
         recipe: how.
         unfit: sites that stay in BF16.
         progress: told after each layer.
         start: the first layer that is not quantized yet.
+        ranks: who shares the work. Each of them has the quantized layer in the end.
 
     Yields:
         The index of a layer, the layer, and what was done. Nothing here needs it any more, so that
@@ -145,24 +138,37 @@ def quantize_layers_(
     for index, layer in staged_(source, start):
         sites = {family.site_name(index, site): site for site in family.sites}
         sites = {name: site for name, site in sites.items() if name not in unfit}
-        statistics = capture_sites(
-            layer, sites, inputs, recipe.seed, hessians=needs_hessians(recipe)
-        )
-        with Stopwatch() as searching:
-            fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
-        fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
-        hessians = rounding_hessians_(layer, sites, inputs, fitted, statistics, recipe)
-        moments = expert_moments(fitted, recipe)
-        routed = capture_experts(layer, family.experts, sites, inputs, moments)
-        entries: list[SiteEntry] = []
-        for name, site in sites.items():
-            experts = routed.get(name, [])
-            groups = site_groups(site, hessians[name], statistics[name], experts)
-            error = round_site_(layer, site, fitted[name], groups, recipe)
-            entries.append(_site_entry(family, index, site, fitted[name], error, experts))
+        done = quantize_layer_(family, index, layer, sites, inputs, recipe, ranks)
         advance_(layer, inputs)
-        yield index, layer, QuantizedLayer(fitted, entries, searching.seconds)
+        yield index, layer, done
         progress("quantize", index + 1, total)
+
+
+def quantize_layer_(
+    family: Family,
+    index: int,
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: Sequence[LayerInput],
+    recipe: Recipe,
+    ranks: Ranks,
+) -> QuantizedLayer:
+    """Quantize the sites of a layer in place; what was measured for it ends with this."""
+    needed = needs_hessians(recipe)
+    statistics = capture_sites(layer, sites, inputs, recipe.seed, hessians=needed, ranks=ranks)
+    with Stopwatch() as searching:
+        fitted = fitted_sites(layer, sites, partial(_fitted, recipe, statistics), ranks)
+    fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
+    hessians = rounding_hessians_(layer, sites, inputs, fitted, statistics, recipe, ranks)
+    moments = expert_moments(fitted, recipe)
+    routed = capture_experts(layer, family.experts, sites, inputs, moments, ranks)
+    groups = partial(_groups_of, sites, hessians, statistics, routed)
+    errors = round_sites_(layer, sites, fitted, groups, recipe.rounding, recipe.scale_rule, ranks)
+    entries = [
+        _site_entry(family, index, site, fitted[name], errors[name], routed.get(name, []))
+        for name, site in sites.items()
+    ]
+    return QuantizedLayer(fitted, entries, searching.seconds)
 
 
 def needs_hessians(recipe: Recipe) -> bool:
@@ -237,6 +243,7 @@ def rounding_hessians_(
     transforms: Mapping[str, Transform],
     statistics: dict[str, SiteStatistics],
     recipe: Recipe,
+    ranks: Ranks = SOLO,
 ) -> dict[str, Callable[[], Tensor]]:
     """What gives a rounding the Hessian of each site's transformed inputs, when it asks: once.
 
@@ -256,7 +263,7 @@ def rounding_hessians_(
             name: partial(_through, transform, recipe.scale_rule)
             for name, transform in transforms.items()
         }
-        rounded = capture_hessians(layer, sites, inputs, through)
+        rounded = capture_hessians(layer, sites, inputs, through, ranks)
         return {name: partial(rounded.pop, name) for name in sites}
     return {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
 
@@ -291,45 +298,18 @@ def site_groups(
     ]
 
 
-def round_site_(
-    layer: nn.Module,
-    site: Site,
-    transform: Transform,
-    groups: list[Group],
-    recipe: Recipe,
-) -> float:
-    """Fuse, round and replace the linears of a site; returns the output error on the samples.
+def _fitted(recipe: Recipe, statistics: Mapping[str, SiteStatistics], name: str) -> Transform:
+    return recipe.method.fit(statistics[name], recipe.seed)
 
-    The linears of a group are rounded as one stacked matrix, as GPTQ's Hessian is one for them.
-    Where there are several groups, some may share a Hessian, so none is given away.
-    """
-    rounding = recipe.rounding.round_ if len(groups) == 1 else recipe.rounding.round
-    originals = {path: linear_at(layer, path) for path in site.linears}
-    order = [path for group in groups for path in group.linears]
-    rows = [originals[path].out_features for path in order]
-    kept: MXFP4 | ScaledE2M1 | None = None
-    done = 0
-    for group in groups:
-        linears = [originals[path] for path in group.linears]
-        codes = rounding(fused_weights(linears, transform), group.hessian, recipe.scale_rule)
-        if len(groups) == 1:
-            kept = codes
-            break
-        if kept is None:  # small pieces that stay would leave holes in the heap behind each group
-            kept = type(codes)(*(part.new_empty(sum(rows), part.shape[1]) for part in codes))
-        for whole, part in zip(kept, codes, strict=True):
-            whole[done : done + len(part)] = part
-        done += len(codes[0])
-    assert kept is not None
-    parts = zip(*(part.split(rows) for part in kept), strict=True)
-    weights = {path: type(kept)(*part) for path, part in zip(order, parts, strict=True)}
-    quantize_site_(layer, site, transform, weights, recipe.scale_rule)
-    return output_error(
-        (group.sample, originals[path], layer.get_submodule(path))
-        for group in groups
-        if len(group.sample)  # an expert that no token went to has no outputs
-        for path in group.linears
-    )
+
+def _groups_of(
+    sites: Mapping[str, Site],
+    hessians: Mapping[str, Callable[[], Tensor]],
+    statistics: Mapping[str, SiteStatistics],
+    routed: Mapping[str, list[ExpertInputs]],
+    name: str,
+) -> list[Group]:
+    return site_groups(sites[name], hessians[name], statistics[name], routed.get(name, []))
 
 
 def _site_entry(

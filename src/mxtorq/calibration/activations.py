@@ -12,6 +12,7 @@ when the states do not stay in memory.
 """
 
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import CheckpointError
+from mxtorq.ranks import SOLO, Ranks
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.shards import Shards, open_file
 from mxtorq.writing import fingerprint, write_tensors
@@ -107,23 +109,29 @@ class StoredInput(LayerInput):
 
 
 def stored_inputs(
-    first: Iterator[LayerInput], folder: Path, layer: int, tokens: int, memory: int
+    first: Iterator[LayerInput],
+    folder: Path,
+    layer: int,
+    tokens: int,
+    memory: int,
+    ranks: Ranks = SOLO,
 ) -> list[StoredInput]:
     """What a layer gets, from what the first one gets and from the files of an earlier process.
 
     Args:
-        first: each batch as the first layer gets it.
+        first: each batch as the first layer gets it; of several ranks, each of this one's.
         folder: of the files.
         layer: whose input is wanted.
         tokens: of all batches.
-        memory: bytes up to which all batches together stay in memory.
+        memory: bytes up to which all batches together stay in memory, those of all ranks.
+        ranks: who has which batches; files are named by the number among those of all.
 
     Raises:
         CheckpointError: a file is missing or is not as it was written.
         OSError: the disk is full or refuses.
     """
     stored: list[StoredInput] = []
-    for number, batch in enumerate(first):
+    for number, batch in zip(count(ranks.rank, ranks.size), first):
         needed = tokens * batch.hidden.shape[-1] * batch.hidden.element_size()
         stored.append(StoredInput(folder, number, batch, layer, keep=needed <= memory))
     return stored

@@ -3,10 +3,13 @@
 The model's own forward pass is stopped at its first decoder layer, which yields the arguments that
 every layer takes (positions, masks); from there each layer is called by itself. So one layer at a
 time needs to be at hand, and the output of the *quantized* layer can feed the next.
+
+Of several ranks each runs the batches that are its own, and they sum up together. Where the sums
+shall be exact, the ranks take their steps together and hand each other what the sites got.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Float64, Int64
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from mxtorq.calibration.statistics import SiteAccumulator
 from mxtorq.models.family import Family, Site
+from mxtorq.ranks import SOLO, Ranks
 from mxtorq.transforms.base import SiteStatistics
 
 BATCH_TOKENS = 4096
@@ -62,12 +66,13 @@ def each_first_input(
     windows: Int64[Tensor, "n seqlen"],
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
+    ranks: Ranks = SOLO,
 ) -> Iterator[LayerInput]:
     """What the first decoder layer receives for each batch of windows, one batch after the other.
 
     ``device`` and ``dtype`` are those that the layers compute on and in; the embedding's own unless
     given. Of the model's weights only the embedding is used. Batches of one shape share the other
-    arguments, which are the same.
+    arguments, which are the same. Of several ranks each gets every ``size``-th batch.
     """
     first = model.get_submodule(f"{family.layers}.0")
     embedding: Any = model.get_submodule(family.embedding)
@@ -79,7 +84,7 @@ def each_first_input(
         caught.append(LayerInput(args[0], kwargs))
         raise _Stop
 
-    for batch in batches(windows):
+    for batch in batches(windows)[ranks.rank :: ranks.size]:
         hook = first.register_forward_pre_hook(catch, with_kwargs=True)
         cast = embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
         try:
@@ -114,20 +119,22 @@ def capture_sites(
     seed: int,
     *,
     hessians: bool = True,
+    ranks: Ranks = SOLO,
 ) -> dict[str, SiteStatistics]:
     """Run a layer over all inputs and sum up what reaches each site.
 
     Args:
         layer: the decoder layer, unquantized.
         sites: the sites to record, by full name.
-        inputs: the layer's inputs; left as they are.
+        inputs: the layer's inputs, those of this rank; left as they are.
         seed: of the token sample, the same tokens at every site.
         hessians: sum up second moments too.
+        ranks: who sums up together.
 
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    accumulators = _record(layer, sites, inputs, seed, {}, hessians)
+    accumulators = _record(layer, sites, inputs, seed, {}, hessians, ranks)
     return {
         name: accumulators[name].finish(site.name, reader_weights(layer, site))
         for name, site in sites.items()
@@ -140,13 +147,14 @@ def capture_hessians(
     sites: dict[str, Site],
     inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
+    ranks: Ranks = SOLO,
 ) -> dict[str, Float64[Tensor, "d d"]]:
     """The second moment of what reaches each site after a function of the site's own.
 
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    accumulators = _record(layer, sites, inputs, 0, through)
+    accumulators = _record(layer, sites, inputs, 0, through, True, ranks)
     return {name: accumulator.take_hessian() for name, accumulator in accumulators.items()}
 
 
@@ -164,6 +172,28 @@ def advance_(layer: nn.Module, inputs: Sequence[LayerInput]) -> None:
         item.hidden = output[0] if isinstance(output, tuple) else output  # older transformers
 
 
+class Turn(NamedTuple):
+    """A step that the ranks take together, each with a batch of its own."""
+
+    item: LayerInput | None
+    """This rank's; None where the batches end before the ranks do."""
+    before: int
+    """Tokens of the text before it."""
+
+
+def turns(inputs: Sequence[LayerInput], ranks: Ranks) -> tuple[list[Turn], int]:
+    """The batches of this rank, as many steps as every other one has, and all tokens of all."""
+    counts = ranks.all_json([item.tokens for item in inputs])
+    steps: list[Turn] = []
+    before = 0
+    for step in range(max(map(len, counts))):
+        sizes = [sum(count[step : step + 1]) for count in counts]
+        item = inputs[step] if step < len(inputs) else None
+        steps.append(Turn(item, before + sum(sizes[: ranks.rank])))
+        before += sum(sizes)
+    return steps, before
+
+
 def _record(
     layer: nn.Module,
     sites: dict[str, Site],
@@ -171,17 +201,20 @@ def _record(
     seed: int,
     through: Mapping[str, Callable[[Tensor], Tensor]],
     hessians: bool = True,
+    ranks: Ranks = SOLO,
 ) -> dict[str, SiteAccumulator]:
-    tokens = sum(item.tokens for item in inputs)
+    steps, tokens = turns(inputs, ranks)
     widths = {name: reader_weights(layer, site)[0].shape[1] for name, site in sites.items()}
     accumulators = {
-        name: SiteAccumulator(name, widths[name], tokens * site.passes, seed, hessians)
+        name: SiteAccumulator(name, widths[name], tokens * site.passes, seed, hessians, ranks)
         for name, site in sites.items()
     }
+    heard: dict[str, list[Tensor]] = {name: [] for name in sites}  # in a step that is exact
 
     def recorder(name: str) -> Any:
         seen = through.get(name, lambda values: values)
-        return lambda module, args: accumulators[name].add(seen(args[0]))
+        take = heard[name].append if ranks.exact else accumulators[name].add
+        return lambda module, args: take(seen(args[0]))
 
     hooks = [
         layer.get_submodule(path).register_forward_pre_hook(recorder(name))
@@ -189,9 +222,20 @@ def _record(
         for path in site.taps
     ]
     try:
-        for item in inputs:
-            layer(item.hidden, **item.arguments)
+        for item, before in steps:
+            for name, site in sites.items():
+                if not ranks.exact:
+                    accumulators[name].seek(before * site.passes)
+            if item is not None:
+                layer(item.hidden, **item.arguments)
+            for name in sites:
+                if ranks.exact:  # call by call, in the order of one process
+                    for rows in ranks.gather(heard[name]):
+                        accumulators[name].add(rows)
+                    heard[name].clear()
     finally:
         for hook in hooks:
             hook.remove()
+    for accumulator in accumulators.values():
+        accumulator.join_()
     return accumulators

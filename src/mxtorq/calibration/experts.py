@@ -16,6 +16,7 @@ tokens, kept instead, would be one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,9 +25,10 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from mxtorq.calibration.capture import LayerInput
+from mxtorq.calibration.capture import LayerInput, turns
 from mxtorq.calibration.statistics import SiteAccumulator
 from mxtorq.models.family import Experts, Site
+from mxtorq.ranks import SOLO, Ranks
 
 EXPERT_SAMPLE = 64
 """Tokens of each expert that are kept for output errors: its first ones."""
@@ -63,12 +65,18 @@ class _Recorder:
 
     def __init__(self, experts: Any, looks: Mapping[str, list[Look]], keeps: bool) -> None:
         self._experts, self._looks, self._keeps = experts, looks, keeps
+        self.called: list[Tensor] = []
+        """Inputs and choices of the last call."""
         self.batches: list[_Batch] = []
         self.tokens: dict[int, int] = {}
         self.samples: dict[tuple[str, int], list[Tensor]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        inputs, chosen = args[:2]
+        self.called = [*args[:2]]
+        raise _Recorded
+
+    def add(self, inputs: Tensor, chosen: Tensor) -> None:
+        """Take in a batch, of whichever rank."""
         batch = _Batch(inputs, {index: rows for index, rows, _ in self._experts.routes(chosen)})
         for index, rows in batch.tokens.items():
             seen = self.tokens.get(index, 0)
@@ -77,7 +85,6 @@ class _Recorder:
             self.tokens[index] = seen + len(rows)
         if self._keeps:
             self.batches.append(batch)
-        raise _Recorded
 
     def _sample(self, index: int, rows: Tensor, most: int) -> None:
         """All of a batch's rows are looked at, as `_moment` does: fewer would round differently."""
@@ -93,6 +100,7 @@ def capture_experts(
     sites: Mapping[str, Site],
     inputs: Sequence[LayerInput],
     through: Mapping[str, Callable[[Tensor], Tensor]],
+    ranks: Ranks = SOLO,
 ) -> dict[str, list[ExpertInputs]]:
     """Run a layer up to its experts, over all inputs, and record what each of them gets.
 
@@ -101,8 +109,10 @@ def capture_experts(
             for, and must not be changed in place.
         experts: where they are; they are a `surgery.experts.ExpertList`. None: there are none.
         sites: by full name; those without experts are left out.
-        inputs: the layer's inputs; left as they are.
+        inputs: the layer's inputs, those of this rank; left as they are.
         through: by site, what is done to inputs before their moment; without, no moments.
+        ranks: who records together. Each is given what the others recorded, in the order of one
+            process: there are few tokens to an expert, and whichever rank rounds it needs all.
     """
     shared = {name: site for name, site in sites.items() if site.experts}
     if experts is None or not shared:
@@ -118,11 +128,14 @@ def capture_experts(
     recorder = _Recorder(called, looks, keeps=any(name in through for name in shared))
     hook = called.register_forward_pre_hook(recorder)
     try:
-        for item in inputs:
-            try:
-                layer(item.hidden, **item.arguments)
-            except _Recorded:
-                continue
+        for item, _ in turns(inputs, ranks)[0]:
+            recorder.called = []
+            with suppress(_Recorded):
+                if item is not None:
+                    layer(item.hidden, **item.arguments)
+            parts = ranks.gather(recorder.called)
+            for batch, chosen in zip(parts[0::2], parts[1::2], strict=True):
+                recorder.add(batch, chosen)
     finally:
         hook.remove()
 

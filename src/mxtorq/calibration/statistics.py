@@ -18,9 +18,15 @@ and about the root of that as a rule: rounding errors do not all point in one di
 float16 and bfloat16 lose nothing, their products are exact in float32. Inputs in float64 are
 multiplied in float64, and so are inputs so large that a square could leave float32. The bound is
 that of IEEE arithmetic: it does not hold where torch was told to multiply in TF32.
+
+Of several ranks each sums up its own tokens, and `SiteAccumulator.join_` adds the sums. A float64
+sum of n float32 numbers is exact while the largest is below 2^29 / n times the smallest, so that
+their order shows in few entries, in the last bit. Where sums shall be those of one process to the
+bit in any case, every rank is given all tokens in their order instead and adds to some panels of
+the Hessian only: the others stay zero, and adding zeros is exact.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -28,6 +34,7 @@ from torch import Tensor
 
 from mxtorq.errors import ModelError
 from mxtorq.models.family import SiteName
+from mxtorq.ranks import SOLO, Ranks, shares
 from mxtorq.transforms.base import SiteStatistics
 
 SAMPLE_TOKENS = 1024
@@ -44,14 +51,32 @@ _LARGE = 2.0**57  # 4096 squares of this are 2^126
 class SiteAccumulator:
     """Collects the inputs of one site."""
 
-    def __init__(self, site: str, width: int, tokens: int, seed: int, hessian: bool = True) -> None:
+    def __init__(
+        self,
+        site: str,
+        width: int,
+        tokens: int,
+        seed: int,
+        hessian: bool = True,
+        ranks: Ranks = SOLO,
+    ) -> None:
         draw = torch.Generator().manual_seed(seed)
         self._positions = torch.randperm(tokens, generator=draw)[:SAMPLE_TOKENS].sort().values
-        self._site, self._seen = site, 0
+        self._site, self._ranks = site, ranks
+        self._seen = self._next = 0
         side = width if hessian else 0
         self._sum = torch.zeros(side, side, dtype=torch.float64)  # its upper triangle
         self._amax = torch.zeros(width)
         self._sample: list[Tensor] = []
+        self._sampled: list[Tensor] = []  # their positions
+        panels = list(_panels(side))
+        owners = shares([side - panel.start for panel in panels], ranks.size if ranks.exact else 1)
+        mine = ranks.rank if ranks.exact else 0
+        self._panels = [p for p, owner in zip(panels, owners, strict=True) if owner == mine]
+
+    def seek(self, position: int) -> None:
+        """What is added next stands there in the text."""
+        self._next = position
 
     def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
         """Take in the next tokens' inputs.
@@ -64,7 +89,7 @@ class SiteAccumulator:
         if not bool(torch.isfinite(amax).all()):  # a maximum keeps both
             raise ModelError(
                 asked=f"the calibration activations of {self._site}",
-                found=f"NaN or Inf within its tokens {self._seen} to {self._seen + len(rows) - 1}",
+                found=f"NaN or Inf within its tokens {self._next} to {self._next + len(rows) - 1}",
                 why="nothing can be fitted to them, and the model itself is broken from here on",
                 todo="evaluate the unquantized model first; an overflow in its original dtype or a "
                 "damaged weight before this site are the usual causes",
@@ -74,10 +99,26 @@ class SiteAccumulator:
         if len(self._sum):
             wide = rows.double() if float(amax.max()) > _LARGE else rows
             for part in wide.split(TOKENS_AT_ONCE):
-                add_products_(self._sum, part if part.dtype == torch.float64 else part.float())
-        here = (self._positions >= self._seen) & (self._positions < self._seen + len(rows))
-        self._sample.append(rows[(self._positions[here] - self._seen).to(rows.device)].float())
+                part = part if part.dtype == torch.float64 else part.float()
+                add_products_(self._sum, part, self._panels)
+        positions = self._positions - self._next
+        positions = positions[(positions >= 0) & (positions < len(rows))]
+        self._sample.append(rows[positions.to(rows.device)].float())
+        self._sampled.append(positions + self._next)
         self._seen += len(rows)
+        self._next += len(rows)
+
+    def join_(self) -> None:
+        """Take in what the other ranks have added, each to its own; all of them have to call it."""
+        self._sum = self._ranks.sum_(self._sum)
+        if self._ranks.size == 1 or self._ranks.exact:  # it has seen every token
+            return
+        self._amax = self._ranks.max_(self._amax)
+        self._seen = sum(self._ranks.all_json(self._seen))
+        none = self._amax.new_empty(0, len(self._amax))
+        rows = torch.cat(self._ranks.gather([torch.cat([none, *self._sample])]))
+        places = torch.cat(self._ranks.gather([self._positions[:0], *self._sampled]))
+        self._sample = [rows[places.argsort().to(rows.device)]]
 
     def take_hessian(self) -> Float64[Tensor, "d d"]:
         """The uncentred second moment of everything that was added. It ends here: at the width of
@@ -109,10 +150,15 @@ def channel_amax(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:
 
 
 def add_products_(
-    total: Float64[Tensor, "d d"], rows: Float32[Tensor, "n d"] | Float64[Tensor, "n d"]
+    total: Float64[Tensor, "d d"],
+    rows: Float32[Tensor, "n d"] | Float64[Tensor, "n d"],
+    panels: Sequence[slice] | None = None,
 ) -> None:
-    """Add X^T X to the upper triangle of a sum. What is below its diagonal means nothing."""
-    for panel in _panels(len(total)):
+    """Add X^T X to the upper triangle of a sum. What is below its diagonal means nothing.
+
+    ``panels`` are the rows of the sum to do; all of them unless given.
+    """
+    for panel in _panels(len(total)) if panels is None else panels:
         total[panel, panel.start :] += rows[:, panel].T @ rows[:, panel.start :]
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 from mxtorq.errors import CheckpointError, MxtorqError, OutputError, VerificationError
 from mxtorq.export.folders import discard, is_blank, listed, require_own_folder
 from mxtorq.export.manifest import FILE, SiteEntry, site_entries
+from mxtorq.export.named import named_rotations, rotations_named, transform_tensors
 from mxtorq.export.output import alone, lock_file, log_file, parents, partial_folder, require_absent
 from mxtorq.export.records import (
     LONGEST,
@@ -49,7 +50,7 @@ from mxtorq.export.records import (
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, read_text
 from mxtorq.reading.shards import open_file
 from mxtorq.transforms import KINDS
-from mxtorq.transforms.base import OfflineRotations, Rotation, Transform
+from mxtorq.transforms.base import OfflineRotations, Transform
 from mxtorq.writing import fingerprint, sync, write_tensors, write_text
 
 _REMOVING, _PUBLISHED = "removing.json", "published.json"
@@ -118,8 +119,7 @@ class Unfinished:
             raise
 
     def _go_on(self) -> None:
-        text = read_text(self.folder / REQUEST, LONGEST, self._refuse)
-        require_same(self.folder, parse_object(text, self._refuse), self._request)
+        self.require_same()
         for part in (self.folder / "layers", self.activations):
             if os.path.lexists(part) and (part.is_symlink() or not part.is_dir()):
                 raise self._refuse(f"{part.name}, which is no folder")
@@ -139,6 +139,11 @@ class Unfinished:
             for path in listed(part):  # of a layer that was not finished
                 if path not in named:
                     discard(path)
+
+    def require_same(self) -> None:
+        """Refuse what is there if it was asked for something else. Raises as `open`."""
+        text = read_text(self.folder / REQUEST, LONGEST, self._refuse)
+        require_same(self.folder, parse_object(text, self._refuse), self._request)
 
     @property
     def finished(self) -> int:
@@ -188,7 +193,7 @@ class Unfinished:
 
     def keep_rotations(self, rotations: OfflineRotations) -> None:
         """Remember what was chosen for the whole model. Raises `OSError`."""
-        chosen = _named_rotations(rotations)
+        chosen = named_rotations(rotations)
         if any(each.kind not in KINDS for each in chosen.values()):
             return  # one of the caller's own: chosen anew, which gives the same
         facts = write_tensors(self.folder / "rotations.safetensors", transform_tensors(chosen))
@@ -215,11 +220,7 @@ class Unfinished:
             }
         except (KeyError, TypeError, ValueError) as error:
             raise self._refuse(f"rotations.json: {type(error).__name__}: {error}") from error
-        rotations = {name: each for name, each in made.items() if isinstance(each, Rotation)}
-        residual = rotations.pop("residual", None)
-        return OfflineRotations(
-            residual, tuple(rotations[f"head.{n}"] for n in range(len(rotations)))
-        )
+        return rotations_named(made)
 
     def pieces(self, ending: str = ".safetensors") -> list[Path]:
         """The tensor files of all layers, in order; those of one ``ending`` behind the number.
@@ -376,20 +377,6 @@ def require_free(out: Path) -> None:
     require_absent(out)
 
 
-def transform_tensors(transforms: Mapping[str, Transform]) -> dict[str, Tensor]:
-    """The tensors of some transforms under the names that checkpoints give them."""
-    return {
-        f"{name}.{part}": tensor
-        for name, transform in transforms.items()
-        for part, tensor in transform.tensors().items()
-    }
-
-
 def _told(error: BaseException) -> str:
     name = type(error).__name__
     return f"{name}: {error.found}" if isinstance(error, MxtorqError) else f"{name} {error}".strip()
-
-
-def _named_rotations(rotations: OfflineRotations) -> dict[str, Rotation]:
-    named = {f"head.{number}": each for number, each in enumerate(rotations.heads)}
-    return named if rotations.residual is None else {"residual": rotations.residual, **named}
