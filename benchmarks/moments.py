@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from mxtorq import pipeline
+from mxtorq import beginnings
 from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
 from mxtorq.config import Recipe, parse_method
 from mxtorq.transforms.block_matrices import BlockMatrices
@@ -49,8 +49,8 @@ def main() -> None:
         calibration=options.calibration,
         calibration_tokens=options.calibration_tokens,
     )
-    source = pipeline.load_model(options.model, None, 0, "cpu")
-    family, windows = source.family, pipeline.calibrate(source, recipe)
+    source = beginnings.load_model(options.model, None, 0, "cpu")
+    family, windows = source.family, beginnings.calibrate(source, recipe)
     inputs = first_layer_inputs(source.model, family, windows.ids)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for index, layer in enumerate(source.model.get_submodule(family.layers).children()):

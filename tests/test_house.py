@@ -46,6 +46,7 @@ LEVELS = {
     "console": 8,
     "options": 8,
     "quantization": 8,
+    "beginnings": 9,
     "preflight": 9,
     "pipeline": 10,
     "comparison": 11,

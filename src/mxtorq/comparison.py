@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from mxtorq.beginnings import calibrate, evaluation_data, load_model, silent, versions
 from mxtorq.calibration.data import Windows
 from mxtorq.config import EvaluationPlan, Recipe, method_name, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.formats.scales import is_ocp
 from mxtorq.loading.source import Source
 from mxtorq.models.family import Family
-from mxtorq.pipeline import calibrate, evaluation_data, load_model, measure, silent, versions
+from mxtorq.pipeline import measure
 from mxtorq.quantization import Progress, quantize_
 from mxtorq.reports.schema import Results, Row
 from mxtorq.specs import options_of
