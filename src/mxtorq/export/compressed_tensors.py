@@ -19,6 +19,10 @@ OWN = "mxtorq"
 
 _FORMAT_VERSION = "0.20.0"
 
+WEIGHTS = "weights_file"
+"""The entry of a rotated checkpoint's ``quantization_config`` that names the file with the tensors,
+or its index: an adapter has to know before it sees the folder."""
+
 WEIGHTS_FILE = {STOCK: "model.safetensors", OWN: "mxtorq-model.safetensors"}
 """The file with the tensors of each quant_method."""
 
