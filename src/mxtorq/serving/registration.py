@@ -13,16 +13,18 @@ already stays.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from threading import local
 from types import ModuleType
 from typing import Any
 
+from mxtorq.export.compressed_tensors import OWN
+
 TABLE = "transformers.quantizers.auto"
 """The module with transformers' tables of quantizers and their configurations."""
+
+_ADAPTER = "mxtorq.serving.transformers"
 
 
 def announce() -> None:
@@ -35,22 +37,21 @@ def announce() -> None:
 
 def register(table: ModuleType) -> None:
     """Add our quantizer to transformers' tables, unless it is there."""
-    if not hasattr(table, "register_quantizer"):  # mxtorq is imported by what it imports itself
-        return
-    from mxtorq.serving.transformers import METHOD, MxtorqConfig, MxtorqQuantizer
+    ours = import_module(_ADAPTER)
+    if not hasattr(table, "register_quantizer") or not hasattr(ours, "MxtorqQuantizer"):
+        return  # one of them imports the other, and comes back here at its end
+    if OWN not in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        table.register_quantization_config(OWN)(ours.MxtorqConfig)
+    if OWN not in table.AUTO_QUANTIZER_MAPPING:
+        table.register_quantizer(OWN)(ours.MxtorqQuantizer)
 
-    if METHOD not in table.AUTO_QUANTIZATION_CONFIG_MAPPING:
-        table.register_quantization_config(METHOD)(MxtorqConfig)
-    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
-        table.register_quantizer(METHOD)(MxtorqQuantizer)
 
-
-class _Watch(MetaPathFinder):
+class _Watch:  # no subclass of importlib.abc's: importing that is most of what this costs
     def __init__(self) -> None:
         self._asking = local()  # against another finder that asks all the others, as this one does
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != TABLE or getattr(self._asking, "now", False):
             return None
@@ -62,7 +63,8 @@ class _Watch(MetaPathFinder):
         finally:
             self._asking.now = False
         if spec is not None and hasattr(spec.loader, "exec_module"):
-            spec.loader = _Registering(spec.loader)
+            loader: Any = _Registering(spec.loader)
+            spec.loader = loader
         return spec
 
 
@@ -71,7 +73,7 @@ def _asked(finder: Any, *question: Any) -> ModuleSpec | None:
     return found
 
 
-class _Registering(Loader):
+class _Registering:
     """Another loader, and `register` after it."""
 
     def __init__(self, inner: Any) -> None:

@@ -37,9 +37,7 @@ from mxtorq.export.compressed_tensors import OWN, WEIGHTS, WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reading.shards import Shards
-
-METHOD = OWN
-"""The ``quant_method`` of rotated checkpoints."""
+from mxtorq.serving.registration import announce
 
 
 class MxtorqConfig(QuantizationConfigMixin):
@@ -47,7 +45,7 @@ class MxtorqConfig(QuantizationConfigMixin):
 
     def __init__(self, **content: Any) -> None:
         vars(self).update(content)
-        self.quant_method: Any = METHOD
+        self.quant_method: Any = OWN
 
 
 class MxtorqQuantizer(HfQuantizer):
@@ -236,3 +234,6 @@ def _fetch_rest(name: str, folder: Path, refuse: Refusal) -> None:
         raise
     except Exception as error:  # transformers and the hub share no root
         raise refuse(f"{type(error).__name__}: {error}") from error
+
+
+announce()  # for a program that imports this module first: it is not complete before
