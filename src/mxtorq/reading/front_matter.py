@@ -52,6 +52,10 @@ def _uncommented(text: str) -> str:
 def _scalar(text: str) -> str | None:
     quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
     inner = text[1:-1] if quoted else text
-    if not _SCALAR.fullmatch(inner) or (not quoted and inner.lower() in _NO_STRING):
+    if (
+        not _SCALAR.fullmatch(inner)
+        or inner[-1] == " "
+        or (not quoted and inner.lower() in _NO_STRING)
+    ):
         return None
-    return inner.strip()
+    return inner
