@@ -6,6 +6,7 @@
       or, for large models, a file a layer and model.safetensors.index.json
     mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
     tokenizer and generation files
+    README.md, LICENSE ...         the card, and the source's licence files
     mxtorq.json                    the manifest, with the SHA-256 of every other file
 
 `unfinished` is how such a folder comes to be: whole, by one rename, or not at all. Safetensors and
