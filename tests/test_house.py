@@ -39,6 +39,7 @@ LEVELS = {
     "surgery": 5,
     "evaluation": 5,
     "loading": 6,
+    "serving": 7,
     "reports.render": 7,
     "config": 7,
     "doctor": 7,

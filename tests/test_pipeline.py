@@ -278,17 +278,6 @@ def test_stock_transformers_does_not_round_what_experts_read(
         assert torch.equal(ours(input_ids=ids).logits, theirs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_stock_transformers_refuses_a_rotated_checkpoint(
-    family: str, written: dict[tuple[str, str], Path]
-) -> None:
-    """It would drop the transforms, so it must not find weights to run."""
-    from transformers import AutoModelForCausalLM
-
-    with pytest.raises(OSError, match=r"model\.safetensors"):
-        AutoModelForCausalLM.from_pretrained(written[family, "torq"])
-
-
 @pytest.fixture
 def broken(written: dict[tuple[str, str], Path], tmp_path: Path) -> Path:
     """A private copy of a checkpoint, to be broken."""

@@ -1,11 +1,14 @@
 """mxtorq: 4-bit MXFP4 (W4A4) quantization of large language models with rotations.
 
 The public names below are imported when they are first used, so that ``import mxtorq`` costs
-nothing.
+nothing. All that it does is to let transformers know of mxtorq's checkpoints, once transformers is
+imported (`serving.registration`).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from mxtorq.serving.registration import announce as _announce
 
 if TYPE_CHECKING:
     from mxtorq.comparison import compare
@@ -52,6 +55,8 @@ __all__ = [
     "parse_rounding",
     "quantize",
 ]
+
+_announce()
 
 
 def __getattr__(name: str) -> Any:

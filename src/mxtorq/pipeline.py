@@ -40,6 +40,7 @@ from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.loading.checkpoint import load_checkpoint
+from mxtorq.loading.papers import with_card
 from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, pick_device
 from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint
@@ -135,6 +136,7 @@ def quantize(
             files = write_checkpoint(folder, source, run)
             sites = [entry for record in run.layers for entry in record.sites]
             manifest = describe(source, recipe, windows, sites, unfit, files)
+            manifest = with_card(folder, manifest)
             write_manifest(folder, manifest)
             progress("write", 1, 2)
             verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)

@@ -6,6 +6,7 @@
       or, for large models, a file a layer and model.safetensors.index.json
     mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
     tokenizer and generation files
+    README.md, LICENSE ...         the card, and the source's licence files
     mxtorq.json                    the manifest, with the SHA-256 of every other file
 
 `unfinished` is how such a folder comes to be: whole, by one rename, or not at all. Safetensors and
@@ -68,11 +69,14 @@ class Contents:
     transforms: Shards | None
 
 
-def place_tensors(folder: Path, file: str, pieces: Sequence[Path]) -> None:
+def place_tensors(folder: Path, file: str, pieces: Sequence[Path]) -> str:
     """Put tensor files into a checkpoint under its names, as they are or joined.
 
     Up to `SINGLE_FILE` bytes become ``STEM.safetensors``. More become STEM-00001-of-00003 and so
     on, which are links to the pieces where the disk has links, and an index.
+
+    Returns:
+        The file, or its index.
 
     Raises:
         OSError: the disk is full or refuses.
@@ -82,7 +86,7 @@ def place_tensors(folder: Path, file: str, pieces: Sequence[Path]) -> None:
     total = sum(entry.nbytes for entry in whole.values())
     if total <= SINGLE_FILE:
         join_files(folder / file, whole)
-        return
+        return file
     stem, table = file.removesuffix(".safetensors"), {}
     for number, (path, part) in enumerate(zip(pieces, parts, strict=True), 1):
         name = f"{stem}-{number:05d}-of-{len(pieces):05d}.safetensors"
@@ -93,6 +97,7 @@ def place_tensors(folder: Path, file: str, pieces: Sequence[Path]) -> None:
         table.update(dict.fromkeys(part, name))
     index = {"metadata": {"total_size": total}, "weight_map": table}
     write_text(folder / f"{file}.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return f"{file}.index.json"
 
 
 def place_transforms(folder: Path, pieces: Sequence[Path]) -> None:

@@ -8,7 +8,8 @@ A transform that stock engines would drop must stop them. A checkpoint without t
 ``quant_method: compressed-tensors`` and stock engines run it. One with transforms carries
 ``quant_method: mxtorq``, which vLLM does not know (its refusal was read, not run). transformers
 merely warns about a method that it does not know and fills the model with random weights, so the
-tensors also stand under a file name that it does not look for: it stops with an error instead.
+tensors also stand under a file name that it does not look for: it stops with an error instead. Its
+adapter (`serving.transformers`) tells it the name.
 """
 
 from typing import Any
@@ -18,6 +19,10 @@ STOCK = "compressed-tensors"
 OWN = "mxtorq"
 
 _FORMAT_VERSION = "0.20.0"
+
+WEIGHTS = "weights_file"
+"""The entry of a rotated checkpoint's ``quantization_config`` that names the file with the tensors,
+or its index: an adapter has to know before it sees the folder."""
 
 WEIGHTS_FILE = {STOCK: "model.safetensors", OWN: "mxtorq-model.safetensors"}
 """The file with the tensors of each quant_method."""

@@ -5,7 +5,7 @@ stored codes and transforms, and the other tensors are put in place. What runs i
 no code is re-derived.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +113,33 @@ def restore_layer_(
         CheckpointError: a tensor is missing, of another shape, or belongs to no part of the layer.
     """
     prefix = f"{family.layers}.{index}."
+    restore_sites_(model, contents, name, prefix)
+    parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
+    fill_(model, parameters, lambda tensor: _read_like(model, contents, tensor, name))
+
+
+def restore_sites_(model: nn.Module, contents: Contents, name: str, prefix: str = "") -> None:
+    """Replace the quantized linears of the sites whose names start with ``prefix``.
+
+    Raises:
+        CheckpointError: as `restore_layer_`.
+    """
     for entry in contents.manifest.sites:
         if entry.site.startswith(prefix):
             _restore_site_(model, contents, name, entry)
-    parameters = [n for n, _ in model.named_parameters() if n.startswith(prefix)]
-    fill_(model, parameters, lambda tensor: _read_like(model, contents, tensor, name))
+
+
+def require_described(
+    model: nn.Module, contents: Contents, name: str, parameters: Iterable[str], known: set[str]
+) -> None:
+    """Refuse a checkpoint that lacks one of a model's parameters, or has more than is ``known``.
+
+    Raises:
+        CheckpointError: so it is.
+    """
+    for parameter in parameters:
+        _require_like(model, contents, parameter, name)
+    _require_known(contents, known, name)
 
 
 def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteEntry) -> None:
@@ -133,11 +155,17 @@ def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteE
         )
         replaced = linear_at(model, linear)
         _require_shape(replaced, codes, linear)
-        bias = None if replaced.bias is None else _read(contents, f"{linear}.bias", name)
-        model.set_submodule(linear, MXFP4Linear(codes, bias, shared))
+        bias = f"{linear}.bias"
+        kept = None if replaced.bias is None else _read_like(model, contents, bias, name)
+        model.set_submodule(linear, MXFP4Linear(codes, kept, shared))
 
 
 def _read(contents: Contents, tensor: str, name: str) -> torch.Tensor:
+    _require_stored(contents, tensor, name)
+    return contents.weights.tensor(tensor)
+
+
+def _require_stored(contents: Contents, tensor: str, name: str) -> None:
     if tensor not in contents.weights.entries:
         raise CheckpointError(
             asked=f"the tensor {tensor} of the checkpoint {name}",
@@ -145,19 +173,23 @@ def _read(contents: Contents, tensor: str, name: str) -> torch.Tensor:
             why="config.json and the manifest describe a model that has it",
             todo="quantize again; do not mix files of two checkpoints",
         )
-    return contents.weights.tensor(tensor)
 
 
 def _read_like(model: nn.Module, contents: Contents, tensor: str, name: str) -> torch.Tensor:
-    expected, found = model.get_parameter(tensor).shape, _read(contents, tensor, name)
-    if found.shape != expected or found.dtype != torch.bfloat16:
+    _require_like(model, contents, tensor, name)
+    return contents.weights.tensor(tensor)
+
+
+def _require_like(model: nn.Module, contents: Contents, tensor: str, name: str) -> None:
+    _require_stored(contents, tensor, name)
+    expected, found = tuple(model.get_parameter(tensor).shape), contents.weights.entry(tensor)
+    if tuple(found.shape) != expected or found.dtype != torch.bfloat16:
         raise CheckpointError(
-            asked=f"the tensor {tensor} of the checkpoint {name}, bfloat16 {tuple(expected)}",
+            asked=f"the tensor {tensor} of the checkpoint {name}, bfloat16 {expected}",
             found=f"{found.dtype} {tuple(found.shape)}",
             why="config.json describes another model",
             todo="quantize again; do not mix files of two checkpoints",
         )
-    return found
 
 
 def _require_known(contents: Contents, known: set[str], name: str) -> None:

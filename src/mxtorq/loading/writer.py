@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import VerificationError
 from mxtorq.export.checkpoint import place_tensors, place_transforms, read_checkpoint, write_config
-from mxtorq.export.compressed_tensors import WEIGHTS_FILE, quantization_config
+from mxtorq.export.compressed_tensors import WEIGHTS, WEIGHTS_FILE, quantization_config
 from mxtorq.export.unfinished import Unfinished
 from mxtorq.loading.at_rest import stored_parts, stored_value
 from mxtorq.loading.checkpoint import restored_layers
@@ -46,7 +46,9 @@ def write_checkpoint(folder: Path, source: Source, run: Unfinished) -> dict[str,
     for name in outside_layers(source):  # one by one: an embedding is as large as some layers
         pieces.append(run.folder / f"{name}.safetensors")
         write_tensors(pieces[-1], {name: stored_value(source, name)})
-    place_tensors(folder, WEIGHTS_FILE[described["quant_method"]], pieces)
+    placed = place_tensors(folder, WEIGHTS_FILE[described["quant_method"]], pieces)
+    if rotated:
+        described[WEIGHTS] = placed
     place_transforms(folder, run.pieces("-transforms.safetensors"))
     write_config(folder, config)
     try:
