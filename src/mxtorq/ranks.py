@@ -68,7 +68,7 @@ class Ranks:
     def gather(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The tensors of all ranks, those of rank 0 first; shapes and types may differ.
 
-        This rank's own come back as they are, the others' on this one's device.
+        All of them on this one's device; of one process alone as they are.
         """
         if self.size == 1:
             return list(parts)
@@ -77,7 +77,7 @@ class Ranks:
         for owner, entries in enumerate(forms):
             if owner == self.rank:
                 self._broadcast(_bytes_of(parts, self.device), owner)
-                found += parts
+                found += [part.to(self.device) for part in parts]
             else:
                 likes = [torch.empty(s, dtype=getattr(torch, t), device="meta") for t, s in entries]
                 count = sum(like.numel() * like.element_size() for like in likes)
