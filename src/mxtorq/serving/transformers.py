@@ -176,10 +176,11 @@ class _Shapes(Shards):
 
     dtype: torch.dtype
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
         entry = self.entry(name)
         dtype = self.dtype if entry.dtype.is_floating_point else entry.dtype
-        return torch.empty(entry.shape, dtype=dtype, device="meta")
+        whole = torch.empty(entry.shape, dtype=dtype, device="meta")
+        return whole if rows is None else whole[rows]
 
 
 @contextmanager
