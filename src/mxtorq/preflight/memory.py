@@ -16,8 +16,10 @@ from mxtorq.preflight.job import BF16, Job, SiteSizes
 from mxtorq.reports.needs import Budget
 
 _DOUBLE, _FLOAT = 8, 4
-_READ = 7
-"""Bytes a BF16 number takes while it is looked at for NaN: itself, its magnitude, three masks."""
+_READING = 2**22 * 12
+"""Bytes of what is read and looked at together: see `loading.at_rest`."""
+_CHUNK = 2**24 * 12
+"""Bytes of errors, moves and codes of the rows that GPTQ rounds together."""
 _LATER = 300 * 10**6
 """What libraries still grow by: a compiler, compiled kernels, threads, what an allocator keeps."""
 _PANEL = 512  # rows of a Hessian that are summed up at once
@@ -81,15 +83,15 @@ def phases(job: Job, keep_activations: bool) -> list[Phase]:
         Phase(
             name="the embedding",
             compute=model | {"the embedding": embedding(job)} | (kept or batch),
-            host={} if job.whole else {"looking for NaN": (_READ - BF16) * job.embedding},
+            host={} if job.whole else {"a tensor while it is read": _READING},
         ),
         Phase(
             name="calibrating a layer",
             compute=layers
             | kept
             | batch
-            | {"a forward pass": forward(job) + products(job)}
-            | {"second moments": 2 * moments(job)},
+            | {"a forward pass": forward(job) + widened(job) + products(job)}
+            | {"second moments": moments(job)},
             host={} if job.whole else {"a tensor while it is read": reads(job)},
         ),
         Phase(
@@ -122,7 +124,7 @@ def phases(job: Job, keep_activations: bool) -> list[Phase]:
         Phase(
             name="reading back",
             compute=model | {"a layer": packed(job), "a forward pass": forward(job)},
-            host={"tensors outside of the layers": outside(job)},
+            host={"a tensor while it is read": _READING},
         ),
     ]
     return [_without_zeros(phase) for phase in every]
@@ -134,8 +136,14 @@ def whole_model(job: Job) -> int:
 
 
 def layer(job: Job) -> int:
-    """A decoder layer in the dtype that it computes in."""
-    return job.size * job.layer
+    """A decoder layer in BF16, as it waits for its turn; on a device likewise."""
+    return BF16 * job.layer
+
+
+def widened(job: Job) -> int:
+    """The largest weight in the dtype of a product, where it is stored in another."""
+    largest = max((site.largest for site in job.sites), default=0)
+    return 0 if job.whole or job.size == BF16 else job.size * largest
 
 
 def packed(job: Job) -> int:
@@ -144,9 +152,9 @@ def packed(job: Job) -> int:
 
 
 def reads(job: Job) -> int:
-    """The largest tensor of a layer between disk and layer: BF16, what a look for NaN takes, and a
-    copy in the dtype that it computes in."""
-    return (_READ + job.size) * max((site.largest for site in job.sites), default=0)
+    """A tensor between disk and layer: some rows at a time; as a whole where it changes device."""
+    largest = max((site.largest for site in job.sites), default=0)
+    return _READING + (0 if job.size == _FLOAT and not job.whole else BF16 * largest)
 
 
 def embedding(job: Job) -> int:
@@ -155,8 +163,8 @@ def embedding(job: Job) -> int:
 
 
 def outside(job: Job) -> int:
-    """The largest tensor outside of the layers, read twice and compared: BF16, and 7 bytes."""
-    return (BF16 + _READ) * max(job.outside)
+    """The largest tensor outside of the layers, in BF16."""
+    return BF16 * max(job.outside) + _READING
 
 
 def one_batch(job: Job) -> int:
@@ -190,31 +198,32 @@ def moments(job: Job) -> int:
 
 
 def expert_moments(job: Job) -> int:
-    """A Hessian for each expert, where rounding looks at its own tokens: 8 d^2 each."""
+    """What a rounding that looks at an expert's own tokens takes: the inputs of all experts, and
+    one Hessian at a time, 8 d^2."""
     if not job.recipe.rounding.compensates:
         return 0
-    return sum(_DOUBLE * s.groups * s.width**2 for s in job.sites if s.experts)
+    widths = [site.width for site in job.sites if site.experts]
+    inputs = job.size * job.tokens * job.hidden
+    return inputs + _DOUBLE * max(widths) ** 2 if widths else 0
 
 
 def fitting(job: Job, site: SiteSizes) -> int:
-    """A site's weights in float64, 8 n for all experts, and a Hessian for a method that reads it,
-    8 d^2. What a method takes beside that is its own affair."""
-    return _DOUBLE * site.groups * site.stacked + (
-        _DOUBLE * site.width**2 if job.recipe.method.needs_hessian else 0
-    )
+    """For a method that reads them, a site's weights in float64, 8 n for all experts, and a
+    Hessian, 8 d^2. What a method takes beside that is its own affair."""
+    method = job.recipe.method
+    weights = _DOUBLE * site.groups * site.stacked if method.needs_weights else 0
+    return weights + (_DOUBLE * site.width**2 if method.needs_hessian else 0)
 
 
 def rounding(job: Job, site: SiteSizes) -> int:
-    """The stacked weights and their parts in float32, 8 n, and the worst of: fusing a linear,
-    16 l; of a rounding with a Hessian, its factor and what leads to it, 24 d^2; of one that
-    compensates, the transformed Hessian and the factor, 12 d^2, with errors, moves and codes,
-    12 n."""
-    own = _DOUBLE * site.stacked
-    fusing = 2 * _DOUBLE * site.largest
+    """The stacked weights in float32, 4 n, and their codes, 17/32 n. With a Hessian, which becomes
+    its own Cholesky factor, one triangle of it, 4.2 d^2, and what moves weights, 4 d^2, beside the
+    errors, moves and codes of some rows; where experts may share it, a copy of it, 8 d^2."""
+    own = _FLOAT * site.stacked + site.stacked * 17 // 32
     if not job.recipe.rounding.needs_hessian:
-        return own + max(fusing - _FLOAT * site.stacked, 2 * site.stacked)
-    factor = 24 * site.width**2
-    return own + max(fusing, factor, 12 * site.width**2 + 12 * site.stacked)
+        return own
+    copies = 2 * _FLOAT + (_DOUBLE if site.experts else 0)
+    return own + copies * site.width**2 + site.width**2 // 4 + _CHUNK
 
 
 def worst_site(job: Job, need: Callable[[SiteSizes], int]) -> int:

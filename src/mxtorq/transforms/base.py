@@ -234,6 +234,9 @@ class TransformMethod(ABC):
     needs_hessian: ClassVar[bool] = True
     """Whether `fit` reads the second moment of the inputs."""
 
+    needs_weights: ClassVar[bool] = True
+    """Whether `fit` reads the weights; a forecast of memory counts them."""
+
     @property
     def needs_compensation(self) -> bool:
         """Whether its transforms only make sense when rounding makes good for its own errors."""

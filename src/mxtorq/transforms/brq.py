@@ -43,6 +43,7 @@ class BRQ(TransformMethod):
     """Block-Hadamard on the residual stream, within heads, and before down_proj."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     size: int = BLOCK
     """Channels that are mixed: a block, or a part or a multiple of it."""

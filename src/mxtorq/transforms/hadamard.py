@@ -114,6 +114,7 @@ class Hadamard(TransformMethod):
     """Block-Hadamard on every input site."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     size: int = BLOCK
 

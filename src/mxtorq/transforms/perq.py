@@ -60,6 +60,7 @@ class PeRQ(TransformMethod):
     """A permutation that balances the blocks' l1 mass, then block-Hadamard."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     size: int = BLOCK
     """Channels a block of the permutation and of the Hadamard matrix; a power of two."""

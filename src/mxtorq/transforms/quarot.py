@@ -43,6 +43,7 @@ class QuaRot(TransformMethod):
     """Random Hadamard on the residual stream, Hadamard per head and before down_proj."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     def check(self, shape: NetworkShape) -> None:
         require_hadamards(shape)

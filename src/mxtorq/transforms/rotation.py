@@ -52,6 +52,7 @@ class IdentityMethod(TransformMethod):
     """Direct RTN: round what is there. The row that every method must beat."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     def fit(self, statistics: SiteStatistics, seed: int) -> Identity:
         return Identity(statistics.width)

@@ -56,6 +56,7 @@ class SpinQuant(TransformMethod):
     """Learned rotations of the residual stream and of heads; Hadamard before down_proj."""
 
     needs_hessian: ClassVar[bool] = False
+    needs_weights: ClassVar[bool] = False
 
     steps: int = 100
     learning_rate: float = 1.5

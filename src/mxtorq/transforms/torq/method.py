@@ -16,6 +16,7 @@ second level has to undo that. Under strict OCP scales block-Hadamard-32 is ofte
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import ClassVar
 
 import torch
 
@@ -52,6 +53,8 @@ class InterAngle(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class TORQ(TransformMethod):
     """Two-level orthogonal rotation; the defaults are the paper's where it states them."""
+
+    needs_weights: ClassVar[bool] = False
 
     levels: Levels = Levels.BOTH
     angle: InterAngle = InterAngle.EXACT
