@@ -44,6 +44,7 @@ LEVELS = {
     "quantization": 8,
     "pipeline": 9,
     "comparison": 10,
+    "exporting": 10,
     "cli": 11,
     "__main__": 12,
     "__init__": 12,

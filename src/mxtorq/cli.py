@@ -27,6 +27,7 @@ from mxtorq.console import (
     write_record,
 )
 from mxtorq.errors import UsageError
+from mxtorq.exporting import EXAMPLES, export
 from mxtorq.options import (
     MODEL_HELP,
     Calibration,
@@ -311,6 +312,9 @@ def inspect(
         manifest = read_manifest(checkpoint)
         report_contents(checkpoint, manifest)
         write_record(json_path, manifest.to_json())
+
+
+app.command(epilog=EXAMPLES)(export)
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +204,11 @@ def report_contents(path: Path, manifest: Manifest) -> None:
     OUT.print(checkpoint_facts(manifest, str(path)))
     wide = OUT if OUT.is_terminal else Console(width=_PAGE)
     wide.print(checkpoint_sites(manifest))
+
+
+def report_exported(path: Path, linears: int, notes: Sequence[str]) -> None:
+    """Say what was exported, and what to know of it."""
+    OUT.print(f"Written to {escape(str(path))}: {linears} quantized linears.")
+    OUT.print("Read back from disk and compared, bit for bit.")
+    for note in notes:
+        OUT.print(escape(note), soft_wrap=True)

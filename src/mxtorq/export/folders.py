@@ -136,12 +136,12 @@ def require_merged(model: Packed, target: str) -> None:
         asked=f"{model.folder} in {target}",
         found=f"{len(model.online)} of {len(model.manifest.sites if model.manifest else [])} "
         f"inputs with a transform that runs online ({', '.join(kinds)})",
-        why="engines that read it would run the model without the transforms, which gives noise. "
-        "Methods that merge everything into weights are identity, smoothquant (where each query "
-        "head has its own value head, or norms alone), and perhaps your own; torq, duquant++, "
-        "wush, hadamard, quarot and spinquant keep a part online",
+        why="what reads it would run the model without the transforms, which gives noise. Methods "
+        "that merge everything into weights are identity, and smoothquant where norms take its "
+        "factors; torq, duquant++, wush, hadamard, quarot, spinquant and most others keep a part "
+        "online",
         todo="quantize with a method that merges everything, or serve the checkpoint as it is with "
-        "`mxtorq.load`; for an evaluation of its weights alone: --format fake-quant",
+        "`mxtorq.load`; for its weights alone: --format fake-quant --undo-transforms",
     )
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
 from mxtorq.errors import FormatError, UsageError, VerificationError
@@ -46,6 +46,7 @@ from mxtorq.formats.spec import BLOCK, E8M0_NAN
 
 _HALF = BLOCK // 2
 _BYTES = 1 + _HALF  # of a block
+_FACTORS = "rope_freqs.weight"
 _CHECKED_ROWS = 64
 """Rows of each tensor that the gguf package dequantizes for the check of the values."""
 
@@ -123,8 +124,7 @@ def write_gguf(
     _add_vocabulary(writer, vocabulary)
     factors = llama3_factors(model)
     if factors is not None:
-        shape = (len(factors),)
-        writer.add_tensor_info("rope_freqs.weight", shape, factors.dtype, factors.nbytes)
+        writer.add_tensor_info(_FACTORS, factors.shape, factors.dtype, factors.nbytes)
     for item in items:
         kind, dtype, shape, nbytes = _stored_as(model, item, gguf)
         writer.add_tensor_info(item.name, shape, np.dtype(dtype), nbytes, raw_dtype=kind)
@@ -216,7 +216,7 @@ def _stored_as(model: Packed, item: _Item, gguf: Any) -> tuple[Any, Any, tuple[i
     return types.BF16, np.uint8, shape, math.prod(shape)
 
 
-def _values(model: Packed, item: _Item) -> "np.ndarray[Any, Any]":
+def _values(model: Packed, item: _Item) -> Shaped[np.ndarray, "..."]:
     """The elements that the file holds."""
     parts = [_part(model, item, source) for source in item.sources]
     whole = torch.stack(parts) if item.stacked else parts[0]
@@ -240,9 +240,9 @@ def _verify(
 ) -> None:
     """Compare a file, as the gguf package reads it, with the codes and tensors of its source."""
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    strange = set(found) ^ {item.name for item in items} - {"rope_freqs.weight"}
-    if strange - {"rope_freqs.weight"}:
-        raise _differs(path, f"the tensors {sorted(strange)[:3]}")
+    strange = (set(found) ^ {item.name for item in items}) - {_FACTORS}
+    if strange:
+        raise _differs(path, f"the list of tensors ({sorted(strange)[:3]})")
     for number, item in enumerate(items):
         progress(number)
         data = found[item.name].data

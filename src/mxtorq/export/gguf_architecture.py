@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from mxtorq.errors import UsageError
 from mxtorq.export.packed import Packed
@@ -167,7 +168,7 @@ def _add_positions(writer: Any, model: Packed, gguf: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(length or model.config["max_position_embeddings"]))
 
 
-def llama3_factors(model: Packed) -> "np.ndarray[Any, Any] | None":
+def llama3_factors(model: Packed) -> Float32[np.ndarray, " factors"] | None:
     """What Llama 3.1's rule divides each frequency by, which GGUF keeps as a tensor; or None."""
     found = _positions(model.config)
     if found["rope_type"] != "llama3":

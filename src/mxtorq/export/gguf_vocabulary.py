@@ -95,7 +95,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int) -> Vocab
     model = content.get("model")
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise refuse(f"a model {str(model)[:100]}", "only byte pair encodings are known here")
-    ids = model.get("vocab")
+    ids: Any = model.get("vocab")
     merges = model.get("merges") or []
     if not conforms(ids, dict[str, int]) or not isinstance(merges, list):
         raise refuse("a vocabulary that is no table of ids")
@@ -251,7 +251,7 @@ def _special(
     for name in ("bos", "eos", "unk", "pad"):
         token = settings.get(f"{name}_token")
         token = token.get("content") if isinstance(token, dict) else token
-        number = config.get(f"{name}_token_id")
+        number: Any = config.get(f"{name}_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(token, str) and token in tokens:
             found[name] = tokens.index(token)

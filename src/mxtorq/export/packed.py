@@ -112,7 +112,6 @@ def read_packed(folder: Path) -> Packed:
         config = dict(contents.config)
         described = config.pop("quantization_config")
         linears, plain = _of_packed(contents.weights)
-        rule = ScaleRule(contents.manifest.scale_rules["activations"])
         return Packed(
             folder=folder,
             config=config,
@@ -120,7 +119,7 @@ def read_packed(folder: Path) -> Packed:
             linears=linears,
             plain=plain,
             unquantized=list(described["ignore"]),
-            input_rule=rule,
+            input_rule=ScaleRule(contents.manifest.scale_rules["activations"]),
             manifest=contents.manifest,
             transforms=contents.transforms,
         )
@@ -237,9 +236,10 @@ def _compressed_tensors_rule(described: Mapping[str, Any], refuse: Refusal) -> S
 
 
 def _quark_rule(described: Mapping[str, Any], refuse: Refusal) -> ScaleRule | None:
-    extra = ("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config")
-    extra += ("algo_config", "softmax_quant_spec", "kv_cache_post_rope")
-    for key in extra:
+    for key in (
+        *("layer_quant_config", "layer_type_quant_config", "kv_cache_quant_config"),
+        *("algo_config", "softmax_quant_spec", "kv_cache_post_rope"),
+    ):
         if described.get(key):
             raise refuse(
                 f"{key} = {described[key]!r:.300}",
