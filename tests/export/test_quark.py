@@ -9,12 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import mxtorq
 from mxtorq.errors import CheckpointError, UsageError
+from mxtorq.export import checkpoint
+from mxtorq.export.checkpoint import read_checkpoint
 from mxtorq.export.convert import export
 from mxtorq.export.packed import read_packed
 from mxtorq.export.quark import quark_config
 from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.loading.checkpoint import build_model
+from mxtorq.models import FAMILIES
 from mxtorq.writing import write_tensors
 
 # What amd-quark 0.13 itself writes for OCP_MXFP4Spec(ch_axis=-1, is_dynamic=...), as it was run.
@@ -99,10 +102,21 @@ def test_from_quark_to_compressed_tensors_and_into_stock_transformers(
     for linear in ours.linears:
         for a, b in zip(ours.codes(linear), stock.codes(linear), strict=True):
             assert torch.equal(a, b)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "stock").eval()
     ids = torch.arange(40)[None]
-    expected = mxtorq.load(source, "cpu")(input_ids=ids).logits
-    assert torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+    with torch.no_grad():
+        expected = build_model(read_checkpoint(source), "", FAMILIES["qwen3"])(input_ids=ids).logits
+        assert torch.equal(theirs(input_ids=ids).logits, expected)
+
+
+def test_large_models_are_a_file_a_layer(
+    quantized: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "SINGLE_FILE", 1000)
+    export(quantized("llama"), tmp_path / "quark", "quark")
+    files = [path.name for path in (tmp_path / "quark").glob("*.safetensors")]
+    assert len(files) == 2 + 3  # layers; embedding, norm, head
+    assert len(read_packed(tmp_path / "quark").linears) == 14
 
 
 def test_the_rule_that_a_source_does_not_record_is_called_that(

@@ -169,10 +169,14 @@ def _items(model: Packed, plan: Plan, gguf: Any) -> Iterator[_Item]:
             found = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise inexpressible(model, f"the tensor {name}, for which llama.cpp has no name")
+            count = heads.get(name.split(".")[-2], 0) if plan.interleaved else 0
+            stored = model.linears[sources[0]][0] if quantized else sources[0]
+            if count and model.shards.entry(stored).shape[0] % (2 * count):
+                raise inexpressible(model, f"{name}, whose rows are no {count} heads")
             yield _Item(
                 name=found,
                 sources=sources,
-                heads=heads.get(name.split(".")[-2], 0) if plan.interleaved else 0,
+                heads=count,
                 quantized=quantized,
                 stacked=sources[0] != name and sources[0] != name.removesuffix(".weight"),
             )
@@ -184,11 +188,11 @@ def _gathered(group: Group) -> Iterator[tuple[list[str], str, bool]]:
     for quantized, members in ((True, group.linears), (False, group.plain)):
         for member in members:
             name = f"{member}.weight" if quantized else member
-            before, expert, after = name.partition(".experts.")
-            if not expert:
+            before, _, after = name.partition(".experts.")
+            number, _, rest = after.partition(".")
+            if not number.isdecimal():
                 yield [member], name, quantized
                 continue
-            number, _, rest = after.partition(".")
             stacks.setdefault((f"{before}.experts.{rest}", quantized), {})[int(number)] = member
     for (name, quantized), found in stacks.items():
         yield [found[number] for number in sorted(found)], name, quantized

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 
 from mxtorq.errors import UsageError
 from mxtorq.export.packed import Packed
+from mxtorq.reading.documents import conforms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +57,14 @@ def plan_of(model: Packed) -> Plan:
         wrong = f"model_type = {config.get('model_type')!r}, none of {', '.join(PLANS)}"
     elif config.get("hidden_act", "silu") != "silu":
         wrong = f"hidden_act = {config['hidden_act']!r}; llama.cpp computes SiLU there"
-    elif (config.get("partial_rotary_factor") or 1.0) != 1.0:
+    elif config.get("partial_rotary_factor") not in (None, 1.0):
         wrong = "positions that rotate a part of a head only"
     elif _slides(config):
         wrong = "a sliding attention window, which llama.cpp does not have for this architecture"
     elif plan.experts and not config.get("norm_topk_prob"):
         wrong = "norm_topk_prob = false; llama.cpp normalizes the weights of experts"
     elif plan.experts and (
-        config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) > 1
+        config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
     ):
         wrong = "layers without experts beside layers with them"
     else:
@@ -116,7 +117,7 @@ def describe(writer: Any, model: Packed, size: int, notes: list[str], gguf: Any)
     writer.add_key_length(width)
     writer.add_value_length(width)
     writer.add_rope_dimension_count(width)
-    writer.add_layer_norm_rms_eps(float(model.config.get("rms_norm_eps") or 1e-6))
+    writer.add_layer_norm_rms_eps(_number(model, model.config, "rms_norm_eps"))
     if plan_of(model).experts:
         writer.add_expert_count(size_of(model, "num_experts", "num_local_experts"))
         writer.add_expert_used_count(size_of(model, "num_experts_per_tok"))
@@ -131,28 +132,40 @@ def size_of(model: Packed, *names: str) -> int:
         UsageError: there is none.
     """
     for name in names:
-        if model.config.get(name) is not None:
-            return int(model.config[name])
-    raise inexpressible(model, f"a config.json without {names[0]}")
+        value = model.config.get(name)
+        if value is not None and conforms(value, int) and value > 0:
+            return int(value)
+    raise inexpressible(model, f"a config.json without {names[0]}, or with no size there")
 
 
 def head_width(model: Packed) -> int:
     """The features of an attention head. Raises as `size_of`."""
-    if model.config.get("head_dim"):
-        return int(model.config["head_dim"])
+    if model.config.get("head_dim") is not None:
+        return size_of(model, "head_dim")
     return size_of(model, "hidden_size") // size_of(model, "num_attention_heads")
 
 
-def _positions(config: dict[str, Any]) -> dict[str, Any]:
+def _number(model: Packed, values: dict[str, Any], name: str) -> float:
+    value = values.get(name)
+    if not conforms(value, float):
+        raise inexpressible(model, f"{name} = {value!r:.100}")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _positions(model: Packed) -> dict[str, Any]:
     """The rotary embedding's parameters, where transformers 4 and 5 write them."""
+    config = model.config
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise inexpressible(model, f"positions rescaled by {found!r:.300}")
     kind = found.get("rope_type") or found.get("type") or "default"
     theta = found.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    return {**found, "rope_type": kind, "rope_theta": float(theta)}
+    theta = _number(model, {"rope_theta": theta}, "rope_theta")
+    return {**found, "rope_type": kind, "rope_theta": theta}
 
 
 def _add_positions(writer: Any, model: Packed, gguf: Any) -> None:
-    found = _positions(model.config)
+    found = _positions(model)
     writer.add_rope_freq_base(found["rope_theta"])
     kind = found["rope_type"]
     if kind in ("default", "llama3"):
@@ -162,21 +175,27 @@ def _add_positions(writer: Any, model: Packed, gguf: Any) -> None:
     if kind not in ("linear", "yarn") or extra:
         raise inexpressible(model, f"positions rescaled by {found!r:.300}")
     writer.add_rope_scaling_type(getattr(gguf.RopeScalingType, kind.upper()))
-    writer.add_rope_scaling_factor(float(found["factor"]))
+    writer.add_rope_scaling_factor(_number(model, found, "factor"))
     if kind == "yarn":
-        length = found.get("original_max_position_embeddings")
-        writer.add_rope_scaling_orig_ctx_len(int(length or model.config["max_position_embeddings"]))
+        writer.add_rope_scaling_orig_ctx_len(_original_length(model, found))
+
+
+def _original_length(model: Packed, found: dict[str, Any]) -> int:
+    """Positions before they were rescaled."""
+    value = found.get("original_max_position_embeddings")
+    return value if conforms(value, int) and value else size_of(model, "max_position_embeddings")
 
 
 def llama3_factors(model: Packed) -> Float32[np.ndarray, " factors"] | None:
     """What Llama 3.1's rule divides each frequency by, which GGUF keeps as a tensor; or None."""
-    found = _positions(model.config)
+    found = _positions(model)
     if found["rope_type"] != "llama3":
         return None
     width = head_width(model)
-    original = found.get("original_max_position_embeddings")
-    original = original or size_of(model, "max_position_embeddings")
-    low, high, factor = found["low_freq_factor"], found["high_freq_factor"], found["factor"]
+    original = _original_length(model, found)
+    low, high, factor = (
+        _number(model, found, name) for name in ("low_freq_factor", "high_freq_factor", "factor")
+    )
     factors = []
     for index in range(0, width, 2):
         turns = original / (2 * math.pi * found["rope_theta"] ** (index / width))

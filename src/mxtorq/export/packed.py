@@ -227,7 +227,7 @@ def _compressed_tensors_rule(described: Mapping[str, Any], refuse: Refusal) -> S
         raise refuse("no config_groups")
     formats = [group.get("format") or described.get("format") for group in groups]
     inputs = [group.get("input_activations") for group in groups]
-    if set(formats) != {FORMAT} or any(each != inputs[0] for each in inputs):
+    if any(each != FORMAT for each in formats) or any(each != inputs[0] for each in inputs):
         raise refuse(f"config_groups of the formats {formats!r:.200}", f"only {FORMAT} is read")
     for tensor in (*(group.get("weights") for group in groups), inputs[0]):
         if tensor is not None and not _says(tensor, num_bits=4, type="float", group_size=BLOCK):
