@@ -324,6 +324,8 @@ def test_sentencepiece_vocabularies(tmp_path: Path) -> None:
         ({"model": {"type": "BPE", "vocab": {"a": 9}, "merges": []}}, "rows of the embedding"),
         ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a"]]}}, "no pairs"),
         ({"added_tokens": [{"id": "x"}]}, "added token"),
+        ({"added_tokens": 1.5}, "added_tokens = 1.5"),
+        ({"post_processor": {"single": [1.5]}, "pre_tokenizer": {"pretokenizers": 2}}, "cuts text"),
     ],
 )
 def test_other_tokenizers_are_refused(tmp_path: Path, changes: dict[str, Any], found: str) -> None:

@@ -10,6 +10,7 @@ have keys; Llama 3.1's has none and becomes a tensor of factors that frequencies
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -101,7 +102,8 @@ def describe(writer: Any, model: Packed, size: int, notes: list[str], gguf: Any)
     """
     manifest = model.manifest
     writer.add_type("model")
-    writer.add_name(model.folder.name if manifest is None else str(manifest.source["model"]))
+    name = model.folder.name if manifest is None else str(manifest.source["model"])
+    writer.add_name(Path(name).name)
     writer.add_description(" ".join(notes))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_MXFP4_MOE)  # GGUF's one name for MXFP4 files
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -102,7 +102,10 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], size: int) -> Vocab
     pairs = [each.split(" ", 1) if isinstance(each, str) else each for each in merges]
     if any(not conforms(pair, list[str]) or len(pair) != 2 for pair in pairs):
         raise refuse("merges that are no pairs of tokens")
-    tokens, kinds = _tokens(ids, content.get("added_tokens") or [], size, refuse)
+    added = content.get("added_tokens") or []
+    if not isinstance(added, list):
+        raise refuse(f"added_tokens = {added!r:.200}")
+    tokens, kinds = _tokens(ids, added, size, refuse)
     first, last = _added(content.get("post_processor"))
     shared: dict[str, Any] = {
         "tokens": tokens,
@@ -151,8 +154,7 @@ def _tokens(
 
 def _expression(pre: Any, refuse: Refusal) -> str:
     """llama.cpp's name of how text is cut before merging."""
-    steps = pre.get("pretokenizers", [pre]) if isinstance(pre, dict) else []
-    steps = [step for step in steps if isinstance(step, dict)]
+    steps = [step for step in _steps(pre, "pretokenizers") if isinstance(step, dict)]
     kinds = [step.get("type") for step in steps]
     bytes_ = [step for step in steps if step.get("type") == "ByteLevel"]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
@@ -162,7 +164,7 @@ def _expression(pre: Any, refuse: Refusal) -> str:
         pattern = steps[0].get("pattern")
         text = pattern.get("Regex") if isinstance(pattern, dict) else None
         plain = steps[0].get("behavior") == "Isolated" and not steps[0].get("invert")
-        if plain and text in EXPRESSIONS and not bytes_[0].get("add_prefix_space"):
+        if plain and str(text) in EXPRESSIONS and not bytes_[0].get("add_prefix_space"):
             return EXPRESSIONS[str(text)]
     raise refuse(
         f"a tokenizer that cuts text by {pre!r:.300}",
@@ -240,7 +242,10 @@ def _added(post: Any) -> tuple[bool, bool]:
     for step in _steps(post, "processors"):
         single = step.get("single") if isinstance(step, dict) else None
         if isinstance(single, list) and single:
-            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
+            first, last = (
+                isinstance(s, dict) and "SpecialToken" in s for s in (single[0], single[-1])
+            )
+            return first, last
     return False, False
 
 
