@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -308,3 +308,11 @@ def report_diagnosis(diagnosis: Diagnosis) -> None:
         wide.print(table)
     told = "Nothing is wrong." if diagnosis.healthy else "[bold red]Something is wrong.[/bold red]"
     OUT.print(told)
+
+
+def report_exported(path: Path, linears: int, notes: Sequence[str]) -> None:
+    """Say what was exported, and what to know of it."""
+    OUT.print(f"Written to {escape(str(path))}: {linears} quantized linears.")
+    OUT.print("Read back from disk and compared, bit for bit.")
+    for note in notes:
+        OUT.print(escape(note), soft_wrap=True)

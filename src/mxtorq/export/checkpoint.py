@@ -36,16 +36,20 @@ TRANSFORMS = "mxtorq-transforms.safetensors"
 SINGLE_FILE = 2**30
 """Bytes of tensors up to which a checkpoint is one file."""
 
+COMPANIONS = (
+    *("added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json"),
+    *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer.model"),
+    *("tokenizer_config.json", "vocab.json", "vocab.txt"),
+)
+"""The files of tokenizer and generation that transformers reads beside a model."""
+
 _WOULD_BE_READ = frozenset(
     (
-        *("adapter_config.json", "added_tokens.json", "chat_template.jinja", "chat_template.json"),
-        *("generation_config.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"),
-        *("tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt"),
-        *(
-            CONFIG,
-            *WEIGHTS_FILE.values(),
-            *(f"{file}.index.json" for file in WEIGHTS_FILE.values()),
-        ),
+        *COMPANIONS,
+        "adapter_config.json",
+        CONFIG,
+        *WEIGHTS_FILE.values(),
+        *(f"{file}.index.json" for file in WEIGHTS_FILE.values()),
     )
 )
 """What transformers or we would take from the folder, listed in the manifest or not."""
