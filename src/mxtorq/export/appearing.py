@@ -5,15 +5,13 @@ The name that it is made under is fixed (``.OUT.exporting``) and locked, so that
 not meet there, and what a kill left is taken away by the next one.
 """
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from mxtorq.errors import OutputError
-from mxtorq.export.unfinished import require_absent
+from mxtorq.export.folders import discard
+from mxtorq.export.output import alone, parents, require_absent
 from mxtorq.writing import sync
 
 
@@ -26,30 +24,19 @@ def appearing(out: Path) -> Iterator[Path]:
     """
     require_absent(out)
     staging = out.with_name(f".{out.name}.exporting")
-    lock = FileLock(out.with_name(f".{out.name}.lock"), blocking=False)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-        try:
-            _remove(staging)
-            yield staging
-            for path in sorted(staging.rglob("*")) if staging.is_dir() else ():
-                sync(path)
-            sync(staging)
-            require_absent(out)
-            staging.rename(out)
-            sync(out.parent)
-        finally:
-            _remove(staging)
-            Path(lock.lock_file).unlink(missing_ok=True)
-            lock.release()
-    except Timeout as error:
-        raise OutputError(
-            asked=f"an export to {out}",
-            found="another process that makes it",
-            why="two processes would overwrite each other's files",
-            todo="wait for it, or name another output",
-        ) from error
+        with parents(out), alone(out):
+            discard(staging)
+            try:
+                yield staging
+                for path in sorted(staging.rglob("*")) if staging.is_dir() else ():
+                    sync(path)
+                sync(staging)
+                require_absent(out)
+                staging.rename(out)
+                sync(out.parent)
+            finally:
+                discard(staging)
     except OSError as error:
         raise OutputError(
             asked=f"an export to {out}",
@@ -57,10 +44,3 @@ def appearing(out: Path) -> Iterator[Path]:
             why="the files could not be written in full; nothing is left",
             todo="free space on that disk, or mend it, and run the same command again",
         ) from error
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -19,8 +19,8 @@ from mxtorq.errors import UsageError
 from mxtorq.export.appearing import appearing
 from mxtorq.export.gguf import write_gguf
 from mxtorq.export.layouts import write_fake_quant, write_packed
+from mxtorq.export.output import require_absent
 from mxtorq.export.packed import read_packed
-from mxtorq.export.unfinished import require_absent
 from mxtorq.writing import fingerprint
 
 SCHEMA = "mxtorq.export"
