@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from mxtorq.errors import CheckpointError, OutputError, UsageError, VerificationError
 from mxtorq.export import layouts
+from mxtorq.export.output import alone
 from mxtorq.export.appearing import appearing
 from mxtorq.export.convert import Format, export
 from mxtorq.writing import fingerprint
@@ -107,7 +107,7 @@ def test_leavings_of_a_kill_are_taken_away_and_a_running_process_is_not(tmp_path
     assert (tmp_path / "out").read_text() == "new"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     with (
-        FileLock(tmp_path / ".other.lock"),
+        alone(tmp_path / "other"),
         pytest.raises(OutputError, match="another process"),
         appearing(tmp_path / "other"),
     ):
