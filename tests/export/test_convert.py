@@ -9,9 +9,9 @@ import torch
 
 from mxtorq.errors import CheckpointError, OutputError, UsageError, VerificationError
 from mxtorq.export import layouts
-from mxtorq.export.output import alone
 from mxtorq.export.appearing import appearing
 from mxtorq.export.convert import Format, export
+from mxtorq.export.output import alone
 from mxtorq.writing import fingerprint
 
 
