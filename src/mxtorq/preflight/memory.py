@@ -136,8 +136,8 @@ def whole_model(job: Job) -> int:
 
 
 def layer(job: Job) -> int:
-    """A decoder layer in BF16, as it waits for its turn; on a device likewise."""
-    return BF16 * job.layer
+    """A decoder layer as it waits for its turn: linears in BF16, all else as it computes."""
+    return BF16 * job.quantized + job.size * (job.layer - job.quantized)
 
 
 def widened(job: Job) -> int:
