@@ -41,6 +41,7 @@ from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.papers import with_card
+from mxtorq.loading.heap import trim
 from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, pick_device
 from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint
@@ -291,6 +292,7 @@ def keep_layer_(
         mean = sum(errors) / max(1, len(errors))
         run.log(f"layer {index} is finished, mean output error {mean:.3e}")
     empty_(layer)
+    trim()
 
 
 def describe(
