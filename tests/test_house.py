@@ -37,6 +37,7 @@ LEVELS = {
     "surgery": 5,
     "evaluation": 5,
     "loading": 6,
+    "serving": 7,
     "reports.render": 7,
     "config": 7,
     "console": 8,
