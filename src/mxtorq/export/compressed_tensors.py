@@ -6,7 +6,7 @@ the tensors ``P.weight_packed`` uint8 [d_out, d/2], even element in the low nibb
 
 A transform that stock engines would drop must stop them. A checkpoint without transforms carries
 ``quant_method: compressed-tensors`` and stock engines run it. One with transforms carries
-``quant_method: mxtorq``, which vLLM does not know (its refusal was read, not run). transformers
+``quant_method: mxtorq``, which vLLM refuses without our plugin (`serving.vllm`). transformers
 merely warns about a method that it does not know and fills the model with random weights, so the
 tensors also stand under a file name that it does not look for: it stops with an error instead. Its
 adapter (`serving.transformers`) tells it the name.

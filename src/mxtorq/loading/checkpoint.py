@@ -145,7 +145,7 @@ def require_described(
 def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteEntry) -> None:
     for linear in entry.linears:
         _require_width(linear_at(model, linear), entry.width, linear)
-    transform = _transform(entry.kind, entry.width, contents.transforms, entry.site)
+    transform = stored_transform(entry, contents.transforms)
     rule = ScaleRule(contents.manifest.scale_rules["activations"])
     experts = entry.experts["count"] if entry.experts else 1
     shared = SiteInput(transform, rule, len(entry.linears) // experts)
@@ -226,16 +226,19 @@ def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:
         )
 
 
-def _transform(kind: str, width: int, stored: Shards | None, site: str) -> Transform:
-    prefix = f"{site}."
-    names = [] if stored is None else [name for name in stored.names if name.startswith(prefix)]
-    parts = {name.removeprefix(prefix): stored.tensor(name) for name in names if stored}
+def stored_transform(entry: SiteEntry, stored: Shards | None) -> Transform:
+    """The transform of a site, out of the file with all of them.
+
+    Raises:
+        CheckpointError: its tensors are not there, or do not describe one of its kind.
+    """
+    parts = {} if stored is None else stored.below(entry.site)
     try:
-        return KINDS[kind].from_tensors(width, parts)
+        return KINDS[entry.kind].from_tensors(entry.width, parts)
     except (KeyError, FormatError) as error:
         raise CheckpointError(
-            asked=f"the transform of {site}",
-            found=f"kind {kind!r} with the tensors {sorted(parts)}: {error}",
+            asked=f"the transform of {entry.site}",
+            found=f"kind {entry.kind!r} with the tensors {sorted(parts)}: {error}",
             why=f"it is none of {', '.join(KINDS)}, or not whole",
             todo="load it with the release that wrote it, or quantize again",
         ) from error
