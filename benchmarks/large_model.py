@@ -130,17 +130,23 @@ def main() -> None:
     parser.add_argument("--roundings", default="rtn", help="one for each method")
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration")
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument(
+        "--model", type=Path, help="where the model is kept, written once (default: nowhere)"
+    )
     parser.add_argument("--scratch", type=Path, help="a folder with room (default: the system's)")
     add_outputs(parser)
     args = parser.parse_args()
     runs = list(zip(args.methods.split(","), args.roundings.split(","), strict=True))
     rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        folder = Path(scratch) / "model"
-        folder.mkdir()
-        started = time.perf_counter()
-        size = write_model(folder, SHAPES[args.shape], args.layers)
-        print(f"{size / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        folder = args.model or Path(scratch) / "model"
+        if args.model is None or not folder.exists():
+            folder.mkdir()
+            started = time.perf_counter()
+            size = write_model(folder, SHAPES[args.shape], args.layers)
+            print(f"{size / 1e9:.1f} GB in {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        size = index["metadata"]["total_size"]
         for method, rounding in runs:
             out = Path(scratch) / "out"
             command = [sys.executable, "-c", CHILD, str(folder), str(out), method, rounding]
@@ -153,17 +159,17 @@ def main() -> None:
     options = {name: getattr(args, name) for name in ("shape", "layers", "tokens", "seqlen")}
     schema = {"schema": "mxtorq.benchmarks.large_model", "version": 1}
     record = {**schema, **provenance(PACKAGES), **options, "model_bytes": size, "rows": rows}
-    columns = ["method", "rounding", "peak GiB", "minutes", "checkpoint GB"]
+    columns = ["method", "rounding", "peak GB", "minutes", "checkpoint GB"]
     lines = [
         [
-            *(row["method"], row["rounding"], f"{row['peak_kib'] / 2**20:.2f}"),
+            *(row["method"], row["rounding"], f"{row['peak_kib'] * 1024 / 1e9:.2f}"),
             *(f"{row['seconds'] / 60:.1f}", f"{row['bytes'] / 1e9:.2f}"),
         ]
         for row in rows
     ]
     text = (
         f"Shape of {args.shape}, {args.layers} layers, {size / 1e9:.1f} GB of random BF16 weights, "
-        f"{args.tokens} tokens in windows of {args.seqlen}."
+        f"{args.tokens} tokens in windows of {args.seqlen}. 1 GB is 10^9 bytes."
     )
     write(args, record, "\n\n".join([heading(record), text, table(columns, lines, 2)]))
 
