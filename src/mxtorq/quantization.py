@@ -344,7 +344,7 @@ def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
 
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:
-    return transform.online(values.float())
+    return transform.apply(values.float())
 
 
 def _take_hessian_(

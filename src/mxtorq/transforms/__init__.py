@@ -18,7 +18,6 @@ from mxtorq.transforms.base import Transform, TransformMethod
 from mxtorq.transforms.brq import BRQ
 from mxtorq.transforms.chain import LINKS, Chain
 from mxtorq.transforms.duquant.method import DuQuant, DuQuantPlusPlus
-from mxtorq.transforms.engine_matrix import EngineMatrix
 from mxtorq.transforms.hadamard import Hadamard
 from mxtorq.transforms.hires.method import HiRes
 from mxtorq.transforms.perq import PeRQ
@@ -50,7 +49,6 @@ KINDS: dict[str, type[Transform]] = {
     Identity.kind: Identity,
     TwoLevelRotation.kind: TwoLevelRotation,
     Chain.kind: Chain,
-    EngineMatrix.kind: EngineMatrix,
     **LINKS,
 }
 """Transforms by the ``kind`` that a checkpoint stores."""

@@ -138,10 +138,6 @@ class Transform(ABC):
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """Online: x T for each row x, in the dtype of ``values``."""
 
-    def online(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
-        """What becomes of activations: `apply`, and what else an engine does to them on the way."""
-        return self.apply(values)
-
     @abstractmethod
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         """Offline: W T^-T in float64."""
