@@ -55,8 +55,13 @@ def _vllm(kernel: str, runs_as: str) -> Callable[[Subject], tuple[str, str]]:
 
 
 def _plugin(subject: Subject) -> tuple[str, str]:
+    if subject.manifest is not None and any(s.experts for s in subject.manifest.sites):
+        return "refused", "the plugin serves no experts"
+    if subject.groups:
+        return "W4A4", "on GPUs, by vLLM's own transform_config; its CPU build has none"
     rule = "even" if subject.manifest is None else subject.manifest.scale_rules["activations"]
-    return "W4A4", f"activations under {rule}, on CPUs and on GPUs from SM80"
+    own = "" if subject.method == OWN else "; below SM100 with --quantization mxtorq"
+    return "W4A4", f"activations under {rule}, on CPUs and on GPUs from SM80{own}"
 
 
 def _sglang(subject: Subject) -> tuple[str, str]:
