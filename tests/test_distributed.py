@@ -93,7 +93,7 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """As the ranks have: a product's bits depend on how many threads share it."""
     threads = torch.get_num_threads()
@@ -104,7 +104,10 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def together(
-    tiny_folders: dict[str, Path], story: Path, tmp_path_factory: pytest.TempPathFactory
+    one_thread: None,
+    tiny_folders: dict[str, Path],
+    story: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> list[Path]:
     """What two ranks made of the cases."""
     root = tmp_path_factory.mktemp("together")
