@@ -75,8 +75,14 @@ class _Recorder:
         self.called = [*args[:2]]
         raise _Recorded
 
-    def add(self, inputs: Tensor, chosen: Tensor) -> None:
-        """Take in a batch, of whichever rank."""
+    def take(self, ranks: Ranks) -> None:
+        """Take in the last batch of each rank."""
+        parts = ranks.gather(self.called)
+        self.called = []
+        for inputs, chosen in zip(parts[0::2], parts[1::2], strict=True):
+            self._add(inputs, chosen)
+
+    def _add(self, inputs: Tensor, chosen: Tensor) -> None:
         batch = _Batch(inputs, {index: rows for index, rows, _ in self._experts.routes(chosen)})
         for index, rows in batch.tokens.items():
             seen = self.tokens.get(index, 0)
@@ -129,13 +135,10 @@ def capture_experts(
     hook = called.register_forward_pre_hook(recorder)
     try:
         for item, _ in turns(inputs, ranks)[0]:
-            recorder.called = []
             with suppress(_Recorded):
                 if item is not None:
                     layer(item.hidden, **item.arguments)
-            parts = ranks.gather(recorder.called)
-            for batch, chosen in zip(parts[0::2], parts[1::2], strict=True):
-                recorder.add(batch, chosen)
+            recorder.take(ranks)
     finally:
         hook.remove()
 

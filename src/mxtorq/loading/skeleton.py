@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mxtorq.loading.families import require_described
 from mxtorq.models.family import Family
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.shards import Shards
@@ -72,6 +73,7 @@ def model_at_rest(
         MxtorqError: one is missing or has another shape.
     """
     model = empty_model(config, family)
+    require_described(model, family.bound(model.config))  # before its names are looked for
     wrong = [
         name
         for name in stored_names(model, family)
