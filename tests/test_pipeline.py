@@ -203,6 +203,7 @@ def test_progress_reaches_its_end(
     )
     assert calls == [
         *(("load", done, 2) for done in range(3)),
+        *(("preflight", done, 1) for done in range(2)),
         *(("quantize", done, 2) for done in range(3)),
         *(("write", done, 2) for done in range(3)),
     ]
