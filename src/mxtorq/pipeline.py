@@ -123,6 +123,11 @@ def quantize(
     asked, memory = request(source, recipe, windows), needed.activation_memory
     with unfinished(out, asked) if ranks.leads else following(out) as run:
         finished = ranks.json_from_leader(run.finished)
+        if ranks.leads and not finished:
+            run.log(
+                f"{source.name}: {method_name(recipe.method)}, {rounding_name(recipe.rounding)}, "
+                f"{recipe.scale_rule.value}, {windows.ids.numel()} tokens of {windows.source}"
+            )
         require_shared(out, asked)
         rotate_(source, windows, recipe, unfit, progress, run, ranks)
         first = first_inputs(source, windows.ids, ranks)
