@@ -26,13 +26,12 @@ from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import dequantize
 from mxtorq.loading.at_rest import stored_value
-from mxtorq.loading.checkpoint import load_checkpoint
+from mxtorq.loading.checkpoint import load_checkpoint, stored_transform
 from mxtorq.loading.skeleton import empty_model, fill_, stored_names
 from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family
 from mxtorq.reports.findings import Finding, Status
 from mxtorq.surgery.linear import MXFP4Linear, linear_at
-from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 from mxtorq.transforms.block_matrices import BlockMatrices
 from mxtorq.transforms.hadamard import sylvester
@@ -94,7 +93,7 @@ def check_logits(
     subject: Subject, source: Source, windows: Int64[Tensor, "n seqlen"], progress: Progress
 ) -> Iterator[Finding]:
     """The predictions are as near to the original's as those of a sound checkpoint."""
-    rule = _rule(subject)
+    rule = subject.input_rule
     quantized, direct = runnable(subject, source.family), _direct(source, rule)
     plain = _plain(source)
     far = {"checkpoint": 0.0, "direct": 0.0}
@@ -129,7 +128,7 @@ def runnable(subject: Subject, family: Family) -> nn.Module:
     if subject.manifest is not None:
         return load_checkpoint(subject.folder, torch.device("cpu"), family)[0].model
     model = empty_model(subject.config, family)
-    transforms, rule = _transforms(subject), _rule(subject)
+    transforms, rule = _transforms(subject), subject.input_rule
     for name, stored in subject.linears.items():
         assert stored.scale is not None
         codes = MXFP4(subject.tensors.tensor(stored.packed), subject.tensors.tensor(stored.scale))
@@ -160,9 +159,7 @@ def _transforms(subject: Subject) -> dict[str, Transform]:
     found: dict[str, Transform] = {}
     for site in subject.manifest.sites if subject.manifest is not None else ():
         if site.kind != "identity":
-            parts = {} if subject.transforms is None else subject.transforms.below(site.site)
-            transform = KINDS[site.kind].from_tensors(site.width, parts)
-            found.update(dict.fromkeys(site.linears, transform))
+            found.update(dict.fromkeys(site.linears, stored_transform(site, subject.transforms)))
     for group in subject.groups:
         if group.matrix is not None:
             matrix = subject.tensors.tensor(group.matrix).double()
@@ -204,12 +201,6 @@ def _diagnosis(name: str, fit: _Fit, transform: Transform) -> str | None:
             "rotation than the checkpoint says"
         )
     return None
-
-
-def _rule(subject: Subject) -> ScaleRule:
-    if subject.manifest is not None:
-        return ScaleRule(subject.manifest.scale_rules["activations"])
-    return ScaleRule.EVEN  # compressed-tensors' and Quark's
 
 
 def _direct(source: Source, rule: ScaleRule) -> nn.Module:

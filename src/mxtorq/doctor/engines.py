@@ -6,8 +6,9 @@ Facts about engines, as read in their sources (vLLM 0.33, transformers 5.23 with
 
 from collections.abc import Callable
 
-from mxtorq.doctor.subject import QUARK, Subject
+from mxtorq.doctor.subject import Subject
 from mxtorq.export.compressed_tensors import OWN
+from mxtorq.export.packed import QUARK
 from mxtorq.reports.findings import Verdict
 
 _DROPPED = "transform_config is not read: the rotation would be dropped in silence"
@@ -24,7 +25,7 @@ def verdicts(subject: Subject) -> tuple[Verdict, ...]:
 
 def _mxtorq(subject: Subject) -> tuple[str, str]:
     if subject.manifest is not None:
-        return "W4A4", f"activations under {subject.manifest.scale_rules['activations']}"
+        return "W4A4", f"activations under {subject.input_rule.value}"
     return "refused", "mxtorq.load reads checkpoints with a manifest of its own"
 
 
@@ -59,9 +60,11 @@ def _plugin(subject: Subject) -> tuple[str, str]:
         return "refused", "the plugin serves no experts"
     if subject.groups:
         return "W4A4", "on GPUs, by vLLM's own transform_config; its CPU build has none"
-    rule = "even" if subject.manifest is None else subject.manifest.scale_rules["activations"]
     own = "" if subject.method == OWN else "; below SM100 with --quantization mxtorq"
-    return "W4A4", f"activations under {rule}, on CPUs and on GPUs from SM80{own}"
+    return (
+        "W4A4",
+        f"activations under {subject.input_rule.value}, on CPUs and on GPUs from SM80{own}",
+    )
 
 
 def _sglang(subject: Subject) -> tuple[str, str]:

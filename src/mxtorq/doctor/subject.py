@@ -19,12 +19,13 @@ from mxtorq.errors import CheckpointError
 from mxtorq.export.checkpoint import CONFIG, TRANSFORMS, is_checkpoint
 from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
+from mxtorq.export.packed import QUARK
+from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.reading.configuration import read_configuration
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reading.headers import Entry
 from mxtorq.reading.shards import STEM, Shards, open_file, open_shards
 
-QUARK = "quark"
 _PACKED = {STOCK: "weight_packed", OWN: "weight_packed", QUARK: "weight"}
 
 
@@ -76,6 +77,13 @@ class Subject:
     def entry(self, name: str) -> Entry:
         """The header of a tensor."""
         return self.tensors.entry(name)
+
+    @property
+    def input_rule(self) -> ScaleRule:
+        """How inputs are rounded: as the manifest says, or by the rule of those who write none."""
+        if self.manifest is None:
+            return ScaleRule.EVEN  # compressed-tensors' and Quark's
+        return ScaleRule(self.manifest.scale_rules["activations"])
 
     @property
     def rotated(self) -> bool:
