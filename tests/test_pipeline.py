@@ -13,7 +13,7 @@ import tiny_models
 from mxtorq import pipeline
 from mxtorq.calibration.capture import advance_, capture_sites, first_layer_inputs
 from mxtorq.comparison import compare
-from mxtorq.config import EvaluationPlan, Recipe, parse_method
+from mxtorq.config import EvaluationPlan, Recipe, parse_method, parse_rounding
 from mxtorq.errors import (
     CheckpointError,
     ModelError,
@@ -23,6 +23,7 @@ from mxtorq.errors import (
     VerificationError,
 )
 from mxtorq.export.checkpoint import read_checkpoint
+from mxtorq.export.targets import Target
 from mxtorq.formats import reference
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, dequantize
@@ -427,6 +428,41 @@ def test_activations_that_overflow_name_their_site(
     with pytest.raises(ModelError, match=r"model\.layers\.1\.down_in"):
         pipeline.quantize(str(folder), tmp_path / "out", recipe("torq", story), device="cpu")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_under_the_rules_of_engines(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """Each rule once, its own first; calibrated under it where the rounding looks at that."""
+    out, model = tmp_path / "out", str(tiny_folders["qwen3"])
+    rounding = parse_rounding("gptq")
+    asked = recipe("hadamard", story, target=Target.VLLM_BLACKWELL, rounding=rounding)
+    manifest = pipeline.quantize(model, out, asked, device="cpu")
+    assert manifest.scale_rules == {"weights": "floor", "activations": "rceil"}
+    assert {site.kind for site in manifest.sites} == {"engine-matrix"}
+    assert not (out / "mxtorq-transforms.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+    plan = EvaluationPlan(text=str(story), eval_tokens=512, seqlen=64)
+    own, even = pipeline.evaluate(str(out), plan, targets=list(Target), device="cpu").rows
+    assert (own.scale_rule, own.activation_rule, own.target) == ("floor", "rceil", "vllm-blackwell")
+    assert (even.scale_rule, even.activation_rule) == ("floor", "even")
+    assert own.perplexity != even.perplexity
+    compared = compare(model, [asked], plan, device="cpu").rows[1]
+    assert (compared.perplexity, compared.activation_rule) == (own.perplexity, "rceil")
+    with pytest.raises(UsageError, match="is not quantized"):
+        pipeline.evaluate(model, plan, targets=[Target.ROCM])
+
+
+def test_a_target_refuses_before_the_work(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """The probe of the first layer meets it. The tiny Llama has biases everywhere."""
+    for family, method in (("qwen3", "torq"), ("llama", "hadamard")):
+        asked = recipe(method, story, target=Target.VLLM_EMULATION)
+        model = str(tiny_folders[family])
+        with pytest.raises(UsageError, match=r"vllm-emulation for model\.layers\.0\."):
+            pipeline.quantize(model, tmp_path / "out", asked, device="cpu", announce=lambda _: None)
+        assert not list(tmp_path.iterdir())
 
 
 def test_outliers_belong_to_quantize_not_to_a_checkpoint(

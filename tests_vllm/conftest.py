@@ -46,16 +46,17 @@ class Folders:
             tiny_models.save(tiny_models.build(name, intermediate_size=128, **wide), folder)
         return folder
 
-    def checkpoint(self, model: str, method: str, rule: str) -> Path:
+    def checkpoint(self, model: str, method: str, rule: str, target: str = "mxtorq") -> Path:
         """It quantized by round-to-nearest; Qwen2 as a file a layer and an index."""
         import mxtorq
         import mxtorq.export.checkpoint
 
-        folder = self.root / f"{model}-{method}-{rule}".replace(":", "-")
+        folder = self.root / f"{model}-{method}-{rule}-{target}".replace(":", "-")
         if not folder.exists():
             recipe = mxtorq.Recipe(
                 method=mxtorq.parse_method(method),
                 scale_rule=mxtorq.ScaleRule(rule),
+                target=mxtorq.Target(target),
                 calibration_tokens=4096,
                 seqlen=64,
             )
@@ -80,6 +81,9 @@ def rows(request: pytest.FixtureRequest) -> "Any":
         (folder / "vllm.md").write_text(table(found, versions))
 
 
+_SHOWN = ("model", "method", "rule", "target", "dtype", "ranks", "options")
+
+
 def table(found: list[dict[str, Any]], versions: dict[str, str]) -> str:
     """The page for readers."""
     lines = [
@@ -89,12 +93,12 @@ def table(found: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "through its HTTP API for the log-probabilities of a text and of what it wrote after it,",
         "beside `mxtorq.load` (transformers, where nothing is quantized) on the same tokens.",
         "",
-        "| model | method | rule | dtype | TP | options | tokens | within 1e-4 | median | mean "
-        "| max | control |",
-        "| --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| model | method | rule | target | dtype | TP | options | tokens | within 1e-4 | median "
+        "| mean | max | control |",
+        "| --- | --- | --- | --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in found:
-        shown = [row[key] for key in ("model", "method", "rule", "dtype", "ranks", "options")]
+        shown = [row[key] for key in _SHOWN]
         shown += [row["tokens"], f"{row['within']:.1%}"]
         shown += [f"{row[key]:.1e}" for key in ("median", "mean", "max")]
         shown += ["-" if row["control"] is None else f"{row['control']:.1e}"]
@@ -115,6 +119,10 @@ def table(found: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "TP 2: TORQ gathers the inputs of o_proj and down_proj, WUSH is cut. Options without",
         "`--enforce-eager` run through torch.compile. `--quantization mxtorq` computes a",
         "checkpoint of the stock format by our method instead of by the kernel in vLLM's.",
+        "",
+        "`rule` is that of weights; activations follow the target: `rceil` for vllm-blackwell,",
+        "`even` for vllm-emulation. Its transforms stand in `transform_config` and are run by",
+        "vLLM's own code, which keeps their matrices in the dtype of the model: bfloat16.",
         "",
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
     ]

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mxtorq
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.surgery.linear import MXFP4Linear
+from mxtorq.surgery.linear import MXFP4Linear, round_inputs_by_
 from vllm_engine import Scored, StartError, serve
 
 NOISE = 1e-4
@@ -38,10 +38,14 @@ class Case(NamedTuple):
     model: str
     method: str
     rule: str = "floor"
+    target: str = "mxtorq"
     dtype: str = "float32"
     ranks: int = 1
     options: tuple[str, ...] = ("--enforce-eager",)
 
+
+OURS = ("--enforce-eager", "--quantization", "mxtorq")
+"""Our method for a checkpoint that vLLM would take as compressed-tensors'."""
 
 CASES = [
     Case("reference", "none"),
@@ -51,11 +55,19 @@ CASES = [
     Case("reference", "wush"),
     Case("reference", "smoothquant"),
     Case("reference", "quarot"),
+    Case("reference", "duquant:steps=8:block=32"),
+    Case("reference", "perq"),
+    Case("reference", "brq"),
+    Case("reference", "spinquant:steps=2"),
+    Case("reference", "hires"),
     Case("reference", "hadamard", rule="even"),
     Case("reference", "identity", rule="rceil"),
-    Case("reference", "identity", options=("--enforce-eager", "--quantization", "mxtorq")),
+    Case("reference", "identity", options=OURS),
     Case("reference", "torq", options=()),
     Case("llama", "torq"),
+    Case("qwen3", "torq"),
+    Case("qwen3", "wush"),
+    Case("qwen3", "torq", ranks=2),
     Case("qwen2", "torq"),
     Case("mistral", "wush"),
     Case("llama", "torq", ranks=2),
@@ -63,15 +75,19 @@ CASES = [
     Case("llama", "identity", ranks=2),
     Case("reference", "none", dtype="bfloat16"),
     Case("reference", "torq", dtype="bfloat16"),
+    Case("reference", "hadamard", target="vllm-blackwell", dtype="bfloat16"),
+    Case("qwen3", "torq:levels=intra", target="vllm-emulation", dtype="bfloat16"),
+    Case("reference", "hadamard", target="vllm-blackwell", options=OURS),
+    Case("qwen3", "hadamard", target="vllm-emulation", ranks=2, options=OURS),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:5])))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case[:6])))
 def test_log_probabilities_are_ours(
     case: Case, folders: Any, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     plain = case.method == "none"
-    folder = folders.model(case.model) if plain else folders.checkpoint(*case[:3])
+    folder = folders.model(case.model) if plain else folders.checkpoint(*case[:4])
     parallel = ("--tensor-parallel-size", str(case.ranks), "--dtype", case.dtype)
     with serve(folder, tmp_path / "log", *parallel, *case.options) as engine:
         scored = engine.score(prompts(folder), NEW)
@@ -83,7 +99,7 @@ def test_log_probabilities_are_ours(
     if case.dtype == "bfloat16":
         control = (log_probabilities(load(folder).float(), scored) - ours).abs().flatten()
     else:
-        control = None if plain else (with_other_rule(model, case.rule, scored) - ours).abs()
+        control = None if plain else (with_other_rule(model, scored) - ours).abs()
     rows.append(
         {
             **case._asdict(),
@@ -168,12 +184,10 @@ def log_probabilities(model: Any, scored: list[Scored]) -> Tensor:
     return torch.stack(rows).gather(-1, ids[:, 1:, None])[..., 0]
 
 
-def with_other_rule(model: Any, rule: str, scored: list[Scored]) -> Tensor:
+def with_other_rule(model: Any, scored: list[Scored]) -> Tensor:
     """Ours if activations were rounded by another rule than the checkpoint says."""
-    other = ScaleRule.EVEN if rule == "floor" else ScaleRule.FLOOR
-    inputs = [module.input for module in model.modules() if isinstance(module, MXFP4Linear)]
-    for each in inputs:
-        each.scale = other
+    rule = next(each.rule for each in model.modules() if isinstance(each, MXFP4Linear))
+    round_inputs_by_(model, ScaleRule.EVEN if rule is ScaleRule.FLOOR else ScaleRule.FLOOR)
     return log_probabilities(model, scored)
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mxtorq.comparison import compare
     from mxtorq.config import EvaluationPlan, Recipe, parse_method, parse_rounding
     from mxtorq.errors import MxtorqError
+    from mxtorq.export.targets import Target
     from mxtorq.formats.e8m0 import ScaleRule
     from mxtorq.formats.mxfp4 import MXFP4
     from mxtorq.loading.checkpoint import load
@@ -30,6 +31,7 @@ _HOMES = {
     "MxtorqError": "mxtorq.errors",
     "Recipe": "mxtorq.config",
     "ScaleRule": "mxtorq.formats.e8m0",
+    "Target": "mxtorq.export.targets",
     "TORQ": "mxtorq.transforms.torq.method",
     "compare": "mxtorq.comparison",
     "evaluate": "mxtorq.pipeline",
@@ -48,6 +50,7 @@ __all__ = [
     "MxtorqError",
     "Recipe",
     "ScaleRule",
+    "Target",
     "compare",
     "evaluate",
     "load",

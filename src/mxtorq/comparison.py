@@ -125,6 +125,10 @@ def evaluate_recipe(
         options=options_of(recipe.method),
         rounding=rounding_name(recipe.rounding),
         scale_rule=recipe.scale_rule.value,
+        activation_rule=None
+        if recipe.activation_rule == recipe.scale_rule
+        else recipe.activation_rule.value,
+        target=recipe.target.value,
         ocp=is_ocp(recipe.scale_rule),
         seed=recipe.seed,
         site_error=sum(errors.values()) / len(errors),

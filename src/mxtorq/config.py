@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 
 from mxtorq import specs
 from mxtorq.errors import UsageError
+from mxtorq.export.targets import Target
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import NonOCPScale, Scale, is_ocp
 from mxtorq.models import FAMILIES
@@ -39,7 +40,10 @@ class Recipe:
     method: TransformMethod
     rounding: Rounding = field(default_factory=RTN)
     scale_rule: Scale = ScaleRule.FLOOR
-    """Of weights and activations. A `NonOCPScale` can be evaluated and not be written."""
+    """Of weights, and of activations unless the target has a rule of its own. A `NonOCPScale` can
+    be evaluated and not be written."""
+    target: Target = Target.MXTORQ
+    """Who will run it."""
     calibration: str = "stdlib"
     """FILE or NAME, see `calibration.data`."""
     calibration_tokens: int = 65_536
@@ -63,6 +67,14 @@ class Recipe:
                 todo="pass a small whole number",
             )
         self.rounding.check(self.scale_rule)
+        if self.target.card.activations is not None and not is_ocp(self.scale_rule):
+            raise UsageError(
+                asked=f"{self.scale_rule.value} scales for the target {self.target.value}",
+                found=f"weights outside of the format and activations under "
+                f"{self.target.card.activations.value}",
+                why="weights and activations are either both MXFP4 or both outside of the format",
+                todo="choose one of " + ", ".join(ScaleRule) + ", or the target mxtorq",
+            )
         if self.method.needs_compensation and not self.rounding.compensates:
             raise UsageError(
                 asked=f"{method_name(self.method)} with {rounding_name(self.rounding)}",
@@ -71,6 +83,11 @@ class Recipe:
                 "something that does not happen",
                 todo="choose rounding gptq, or another option of the method",
             )
+
+    @property
+    def activation_rule(self) -> Scale:
+        """The scale rule of activations."""
+        return self.target.card.activations or self.scale_rule
 
     def to_dict(self) -> dict[str, Any]:
         """Every choice as plain JSON values: two runs with equal dictionaries ask for the same."""
@@ -84,6 +101,7 @@ class Recipe:
                 **specs.options_of(self.rounding),
             },
             "scale_rule": self.scale_rule.value,
+            "target": self.target.value,
             "calibration": self.calibration,
             "calibration_tokens": self.calibration_tokens,
             "seqlen": self.seqlen,
@@ -127,6 +145,13 @@ def parse_scale(name: str) -> Scale:
     raise specs.unknown("scale rule", name, [*ScaleRule, *NonOCPScale])
 
 
+def parse_target(name: str) -> Target:
+    """The target of that name. Raises `UsageError`."""
+    if name in list(Target):
+        return Target(name)
+    raise specs.unknown("target", name, list(Target))
+
+
 def parse_family(name: str | None) -> Family | None:
     """The family of that name, or the one that ``package.module:NAME`` is. Raises `UsageError`."""
     return None if name is None else specs.find("family", name, FAMILIES, Family)
@@ -162,6 +187,8 @@ def recipe_from(settings: Mapping[str, Any]) -> Recipe:
         values["rounding"] = _object("rounding", values["rounding"], ROUNDINGS, Rounding)
     if "scale_rule" in values:
         values["scale_rule"] = parse_scale(str(values["scale_rule"]))
+    if "target" in values:
+        values["target"] = parse_target(str(values["target"]))
     _require_types(values, Recipe)
     return Recipe(**values)
 

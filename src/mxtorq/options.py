@@ -19,8 +19,13 @@ _METHOD = (
 )
 _ROUNDING = "How weights are rounded: rtn, gptq, with options as [bold]gptq:order=backward[/bold]."
 _RULE = (
-    "The scale rule of weights and activations; floor is OCP's. compare also takes log256 and "
-    "four-thirds, which no hardware has."
+    "The scale rule of weights, and of activations unless the target has its own; floor is OCP's. "
+    "compare also takes log256 and four-thirds, which no hardware has."
+)
+_TARGETS = "mxtorq|vllm-blackwell|vllm-emulation|rocm|transformers"
+_TARGET = (
+    "Who will run it: decides by which rule activations are rounded, and which transforms can run "
+    "online. mxtorq: with mxtorq installed, every transform, one rule."
 )
 _TEXT_HELP = "FILE (plain text, or .jsonl with a text field), stdlib, wikitext2, or wikitext2:FILE."
 _RECIPE = "A TOML file with these settings; options given here take precedence."
@@ -47,6 +52,21 @@ Rule = Annotated[
 ]
 Rules = Annotated[
     str | None, typer.Option("--scale-rules", help=f"Comma-separated. {_RULE} [default: floor]")
+]
+Target = Annotated[
+    str | None, typer.Option("--target", metavar=_TARGETS, help=f"{_TARGET} [default: mxtorq]")
+]
+Targets = Annotated[
+    str | None, typer.Option("--targets", help=f"Comma-separated. {_TARGET} [default: mxtorq]")
+]
+MismatchTargets = Annotated[
+    str | None,
+    typer.Option(
+        "--targets",
+        help="Comma-separated: also evaluate a checkpoint as these round activations. Shows what "
+        "it costs to run it where it was not made for. All of: "
+        "vllm-blackwell,vllm-emulation,rocm,transformers.",
+    ),
 ]
 Calibration = Annotated[
     str | None,
@@ -170,7 +190,7 @@ def bytes_of(option: str, text: str | None) -> int | None:
 def every_choice(lists: dict[str, str]) -> list[dict[str, Any]]:
     """Every combination of comma-separated values: outliers slowest, then seeds."""
     choices: list[dict[str, Any]] = [{}]
-    for name in ("outliers", "seed", "rounding", "scale_rule"):
+    for name in ("outliers", "seed", "rounding", "scale_rule", "target"):
         if name in lists:
             values = [_value(name, text) for text in lists[name].split(",")]
             choices = [{**choice, name: value} for choice in choices for value in values]

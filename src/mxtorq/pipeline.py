@@ -34,11 +34,14 @@ from mxtorq.calibration.data import Windows
 from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.evaluation.perplexity import perplexity
+from mxtorq.export.carried import carried_matrices, is_carried
 from mxtorq.export.checkpoint import is_checkpoint, write_manifest
 from mxtorq.export.following import following, require_shared
 from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.export.named import named_rotations, rotations_named
+from mxtorq.export.targets import Target
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
+from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.heap import trim
 from mxtorq.loading.papers import with_card
@@ -61,6 +64,7 @@ from mxtorq.reports.needs import Needs
 from mxtorq.reports.schema import Results, Row
 from mxtorq.sharing import all_transforms
 from mxtorq.surgery.fuse import require_fit
+from mxtorq.surgery.linear import round_inputs_by_
 from mxtorq.surgery.network import network_shape
 from mxtorq.surgery.outliers import profile_called
 from mxtorq.transforms.base import OfflineRotations
@@ -126,7 +130,8 @@ def quantize(
         if ranks.leads and not finished:
             run.log(
                 f"{source.name}: {method_name(recipe.method)}, {rounding_name(recipe.rounding)}, "
-                f"{recipe.scale_rule.value}, {windows.ids.numel()} tokens of {windows.source}"
+                f"{recipe.scale_rule.value} (activations {recipe.activation_rule.value}), "
+                f"{windows.ids.numel()} tokens of {windows.source}"
             )
         require_shared(out, asked)
         rotate_(source, windows, recipe, unfit, progress, run, ranks)
@@ -168,15 +173,26 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     family: Family | None = None,
+    targets: Sequence[Target] = (),
     progress: Progress = silent,
 ) -> Results:
     """The perplexity of a model, or of one of our checkpoints; ``family`` as in `quantize`.
+
+    For ``targets`` a checkpoint is evaluated under their scale rules of activations too, which is
+    what it costs to run it where it was not made for.
 
     Raises:
         MxtorqError: with what to do.
     """
     progress("load", 0, 1)
     if not is_checkpoint(Path(model)):
+        if targets:
+            raise UsageError(
+                asked=f"{model} under the scale rules of {', '.join(targets)}",
+                found="a model that is not quantized",
+                why="it rounds no activations",
+                todo="pass a checkpoint of mxtorq, or leave --targets out",
+            )
         source = load_model(model, outliers, seed, device, family)
         progress("load", 1, 1)
         row = measure(source, evaluation_data(source, plan), outliers, progress)
@@ -191,12 +207,27 @@ def evaluate(
     source, manifest = load_checkpoint(model, pick_device(device), family)
     progress("load", 1, 1)
     windows = evaluation_data(source, plan)
+    own = ScaleRule(manifest.scale_rules["activations"])
+    rules = dict.fromkeys([own, *(target.card.activations or own for target in targets)])
+    rows = []
+    for rule in rules:
+        round_inputs_by_(source.model, rule)
+        measured = measure(source, windows, manifest.source["outliers"], progress)
+        rows.append(_row_of(manifest, rule, measured))
+    return Results(rows=tuple(rows), versions=versions())
+
+
+def _row_of(manifest: Manifest, rule: ScaleRule, measured: Row) -> Row:
+    """The row of a checkpoint whose activations are rounded by ``rule``."""
+    weights = manifest.scale_rules["weights"]
     row = replace(
-        measure(source, windows, manifest.source["outliers"], progress),
+        measured,
         method=manifest.method,
         options=manifest.recipe["method"],
         rounding=manifest.rounding,
-        scale_rule=manifest.scale_rules["activations"],
+        scale_rule=weights,
+        activation_rule=None if rule == weights else rule.value,
+        target=manifest.recipe.get("target"),
         seed=manifest.seed,
         site_error=manifest.mean_output_error,
         site_errors={entry.site: entry.output_error for entry in manifest.sites},
@@ -209,7 +240,7 @@ def evaluate(
         calibration=manifest.calibration,
         unfit=manifest.unfit,
     )
-    return Results(rows=(row,), versions=versions())
+    return row
 
 
 # The chapters.
@@ -286,9 +317,11 @@ def keep_layer_(
     """
     files = ranks.all_json({item.path.name: item.facts for item in inputs})
     if ranks.leads:
+        matrices = carried_matrices(done.sites, done.transforms)
+        own = [entry.site for entry in done.sites if not is_carried(entry)]
         run.add_layer(
-            stored_tensors(source, index, layer),
-            done.transforms,
+            {**stored_tensors(source, index, layer), **matrices},
+            {site: done.transforms[site] for site in own},
             done.sites,
             kept_linears(source, index, layer),
             {name: facts for each in files for name, facts in each.items()},
@@ -313,7 +346,10 @@ def describe(
         method=method_name(recipe.method),
         rounding=rounding_name(recipe.rounding),
         recipe=recipe.to_dict(),
-        scale_rules={"weights": recipe.scale_rule.value, "activations": recipe.scale_rule.value},
+        scale_rules={
+            "weights": recipe.scale_rule.value,
+            "activations": recipe.activation_rule.value,
+        },
         seed=recipe.seed,
         source={
             "model": source.name,

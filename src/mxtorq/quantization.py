@@ -25,6 +25,7 @@ from mxtorq.calibration.capture import (
 from mxtorq.calibration.experts import ExpertInputs, capture_experts
 from mxtorq.config import Recipe
 from mxtorq.export.manifest import SiteEntry
+from mxtorq.export.targets import carried
 from mxtorq.formats.scales import Scale
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.loading.at_rest import embedded, staged_
@@ -33,6 +34,7 @@ from mxtorq.models.family import Family, Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.sharing import Group, fitted_sites, round_sites_
 from mxtorq.surgery.fuse import require_fit
+from mxtorq.surgery.linear import linear_at
 from mxtorq.surgery.network import network
 from mxtorq.surgery.offline import apply_offline_, round_kept_
 from mxtorq.surgery.rescale import is_norm, merge_diagonal_
@@ -159,11 +161,16 @@ def quantize_layer_(
     with Stopwatch() as searching:
         fitted = fitted_sites(layer, sites, partial(_fitted, recipe, statistics), ranks)
     fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
+    fitted = {
+        name: carried(fitted[name], recipe.target, name, plain=_is_plain(layer, site))
+        for name, site in sites.items()
+    }
     hessians = rounding_hessians_(layer, sites, inputs, fitted, statistics, recipe, ranks)
     moments = expert_moments(fitted, recipe)
     routed = capture_experts(layer, family.experts, sites, inputs, moments, ranks)
     groups = partial(_groups_of, sites, hessians, statistics, routed)
-    errors = round_sites_(layer, sites, fitted, groups, recipe.rounding, recipe.scale_rule, ranks)
+    scales = recipe.scale_rule, recipe.activation_rule
+    errors = round_sites_(layer, sites, fitted, groups, recipe.rounding, *scales, ranks)
     entries = [
         _site_entry(family, index, site, fitted[name], errors[name], routed.get(name, []))
         for name, site in sites.items()
@@ -260,7 +267,7 @@ def rounding_hessians_(
         )
     if rounding.sees_rounded_inputs:
         through = {
-            name: partial(_through, transform, recipe.scale_rule)
+            name: partial(_through, transform, recipe.activation_rule)
             for name, transform in transforms.items()
         }
         rounded = capture_hessians(layer, sites, inputs, through, ranks)
@@ -275,7 +282,9 @@ def expert_moments(
     if not recipe.rounding.compensates:
         return {}
     if recipe.rounding.sees_rounded_inputs:
-        return {n: partial(_through, each, recipe.scale_rule) for n, each in transforms.items()}
+        return {
+            n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()
+        }
     return {name: partial(_transformed, each) for name, each in transforms.items()}
 
 
@@ -339,8 +348,13 @@ def _site_entry(
     )
 
 
+def _is_plain(layer: nn.Module, site: Site) -> bool:
+    """Whether no linear of a site has a bias or is an expert's."""
+    return not site.experts and all(linear_at(layer, path).bias is None for path in site.linears)
+
+
 def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
-    return fake_quantize(_transformed(transform, values), scale)
+    return fake_quantize(transform.online(values.float()), scale)
 
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:

@@ -73,9 +73,12 @@ def round_sites_(
     groups: Callable[[str], list[Group]],
     rounding: Rounding,
     scale: Scale,
+    activations: Scale,
     ranks: Ranks = SOLO,
 ) -> dict[str, float]:
     """Fuse, round and replace the linears of a layer; returns each site's output error.
+
+    ``scale`` is that of weights.
 
     A site that is one rank's alone is replaced there at once, so that its weights and its Hessian
     need not wait for the other sites; by the other ranks, when they get the codes.
@@ -93,15 +96,16 @@ def round_sites_(
         choose = rounding.round_ if len(found) == 1 else rounding.round
         codes |= round_groups(layer, mine, transforms[name], choose, scale)
         if set(owners[name]) == {ranks.rank}:
-            errors[name] = replace_site_(layer, site, transforms[name], found, codes, scale)
+            errors[name] = replace_site_(layer, site, transforms[name], found, codes, activations)
         elif owners[name][0] == ranks.rank:
             waiting[name] = found
     codes = all_codes(ranks, codes, scale)
     for name, site in sites.items():
         if name in waiting:
-            errors[name] = replace_site_(layer, site, transforms[name], waiting[name], codes, scale)
+            left = waiting[name]
+            errors[name] = replace_site_(layer, site, transforms[name], left, codes, activations)
         elif name not in errors:
-            quantize_site_(layer, site, transforms[name], codes, scale)
+            quantize_site_(layer, site, transforms[name], codes, activations)
     return {name: error for each in ranks.all_json(errors) for name, error in each.items()}
 
 
@@ -144,11 +148,11 @@ def replace_site_(
     transform: Transform,
     groups: list[Group],
     codes: Mapping[str, MXFP4 | ScaledE2M1],
-    scale: Scale,
+    activations: Scale,
 ) -> float:
     """Put the codes of a site into its place; returns the output error on the samples."""
     originals = {path: linear_at(layer, path) for path in site.linears}
-    quantize_site_(layer, site, transform, codes, scale)
+    quantize_site_(layer, site, transform, codes, activations)
     return output_error(
         (group.sample, originals[path], layer.get_submodule(path))
         for group in groups

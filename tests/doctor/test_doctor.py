@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mxtorq.doctor.examination import examine
 from mxtorq.doctor.subject import open_subject
 from mxtorq.errors import CheckpointError
 from mxtorq.export.manifest import FILE
+from mxtorq.export.targets import Target
 from mxtorq.reports.findings import SICK, Diagnosis, Status
 from mxtorq.writing import fingerprint
 
@@ -42,6 +44,8 @@ def sound(
     for method in ("identity", "hadamard", "wush"):
         pipeline.quantize(model, root / method, recipe(method, story), device="cpu")
     as_stock(root / "hadamard", root / "stock")
+    carried = replace(recipe("hadamard", story), target=Target.VLLM_BLACKWELL)
+    pipeline.quantize(model, root / "carried", carried, device="cpu")
     return {path.name: path for path in root.iterdir() if path.is_dir()}
 
 
@@ -64,6 +68,7 @@ def as_stock(ours: Path, out: Path) -> None:
     described = config["quantization_config"]
     described["quant_method"] = "compressed-tensors"
     described["transform_config"] = {"config_groups": groups}
+    del described["weights_file"]
     out.mkdir()
     save_file(tensors, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(config))
@@ -74,7 +79,7 @@ def diagnose(folder: Path, tiny_folders: dict[str, Path], story: Path) -> Diagno
     return examine(folder, original=original, text=str(story), tokens=TOKENS)
 
 
-@pytest.mark.parametrize("name", ["identity", "hadamard", "wush", "stock"])
+@pytest.mark.parametrize("name", ["identity", "hadamard", "wush", "stock", "carried"])
 def test_nothing_is_wrong_with_a_sound_checkpoint(
     name: str, sound: dict[str, Path], tiny_folders: dict[str, Path], story: Path
 ) -> None:
@@ -225,6 +230,18 @@ def test_a_transform_that_is_gone_is_found(sound: dict[str, Path], tmp_path: Pat
     assert "missing or not whole" in wrong[0].text
 
 
+def test_a_carried_matrix_that_is_gone_is_found(sound: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sound["carried"], tmp_path / "out"))
+    path = folder / "mxtorq-model.safetensors"
+    tensors = load_file(path)
+    del tensors[next(name for name in tensors if name.endswith("_input.weight"))]
+    save_file(tensors, path)
+    resign(folder, path.name)
+    wrong = [f.text for f in examine(folder).findings if f.status is Status.WRONG]
+    assert any("missing or not whole" in text for text in wrong)
+    assert any("its matrix is missing" in text for text in wrong)
+
+
 def test_the_rule_that_made_the_weights(
     tiny_folders: dict[str, Path], story: Path, tmp_path: Path
 ) -> None:
@@ -254,6 +271,12 @@ def test_engines(sound: dict[str, Path]) -> None:
     assert runs("identity")["vllm-hopper"] == "W4A16"
     assert runs("stock")["transformers"] == "WRONG"
     assert runs("stock")["vllm-blackwell"] == "W4A4"
+    assert runs("carried")["transformers"] == "refused"
+    assert runs("carried")["transformers + mxtorq"] == "W4A4"
+    assert runs("carried")["vllm-blackwell"] == "W4A4"
+    why = {v.engine: v.why for v in engines.verdicts(open_subject(sound["carried"]))}
+    assert "made for rceil" in why["vllm-emulation"]
+    assert "made for" not in why["vllm-blackwell"]
 
 
 def test_what_is_no_checkpoint(tiny_folders: dict[str, Path]) -> None:

@@ -8,6 +8,7 @@ from mxtorq.transforms.base import Transform
 from mxtorq.transforms.block_matrices import BlockMatrices
 from mxtorq.transforms.chain import Chain
 from mxtorq.transforms.diagonal import Diagonal
+from mxtorq.transforms.engine_matrix import engine_matrix
 from mxtorq.transforms.kronecker import KroneckerRotation
 from mxtorq.transforms.permutation import Permutation
 from mxtorq.transforms.rotation import BlockRotation, Identity
@@ -41,6 +42,7 @@ CUT: dict[str, Transform] = {
     "diagonal": Diagonal(FACTORS),
     "shared matrix": BlockRotation(WIDTH, orthogonal(32)),
     "shared matrix of 64": BlockRotation(WIDTH, orthogonal(64)),
+    "what an engine applies": engine_matrix(WIDTH, orthogonal(32)),
     "a matrix a block": BlockMatrices(MATRICES),
     "permutation within": Permutation(WITHIN),
     "torq without pairs": TwoLevelRotation(WIDTH, givens(), orthogonal(32)),

@@ -21,6 +21,8 @@ from mxtorq import pipeline
 from mxtorq.config import Recipe, parse_method
 from mxtorq.errors import CheckpointError, UsageError
 from mxtorq.export.checkpoint import read_checkpoint
+from mxtorq.export.compressed_tensors import quantization_config
+from mxtorq.export.targets import Target
 from mxtorq.loading.checkpoint import build_model, load
 from mxtorq.models import FAMILIES
 from mxtorq.serving import registration
@@ -34,6 +36,7 @@ CASES = {
     "qwen2": "wush",  # biases on q, k and v, and a tied head
     "qwen3": "hadamard",
     "qwen3_moe": "duquant++:steps=8",  # experts, chains of transforms
+    "carried": "hadamard",  # of Qwen3, by transform_config
 }
 IDS = torch.arange(40)[None] % 256
 
@@ -41,6 +44,7 @@ IDS = torch.arange(40)[None] % 256
 def quantized(family: str, source: Path, story: Path, out: Path) -> Path:
     recipe = Recipe(
         method=parse_method(CASES[family]),
+        target=Target.VLLM_BLACKWELL if family == "carried" else Target.MXTORQ,
         calibration=str(story),
         calibration_tokens=512,
         seqlen=64,
@@ -55,7 +59,8 @@ def written(
 ) -> dict[str, Path]:
     """A rotated checkpoint of some families."""
     root = tmp_path_factory.mktemp("written")
-    return {name: quantized(name, tiny_folders[name], story, root / name) for name in CASES}
+    folders = {**tiny_folders, "carried": tiny_folders["qwen3"]}
+    return {name: quantized(name, folders[name], story, root / name) for name in CASES}
 
 
 @pytest.fixture
@@ -95,16 +100,19 @@ def test_it_is_the_model_that_load_builds(family: str, written: dict[str, Path])
     assert not theirs.training
     assert not any(parameter.requires_grad for parameter in theirs.parameters())
     assert "transformers_weights" not in theirs.config.to_dict()
-    assert (
-        json.loads(theirs.config.to_json_string())["quantization_config"]
-        == (json.loads((written[family] / "config.json").read_text())["quantization_config"])
-    )
+    described = json.loads((written[family] / "config.json").read_text())["quantization_config"]
+    # A carried one is called compressed-tensors' on disk, and is ours once it is loaded by us.
+    assert json.loads(theirs.config.to_json_string())["quantization_config"] == {
+        **described,
+        "quant_method": "mxtorq",
+    }
 
 
 @pytest.mark.parametrize("family", CASES)
 def test_in_bfloat16_transforms_are_not_rounded(family: str, written: dict[str, Path]) -> None:
     """The dtype of config.json is the default, and transformers makes it the default of torch."""
-    ours = build_model(read_checkpoint(written[family]), "ours", FAMILIES[family])
+    of = "qwen3" if family == "carried" else family
+    ours = build_model(read_checkpoint(written[family]), "ours", FAMILIES[of])
     theirs = AutoModelForCausalLM.from_pretrained(written[family])
     assert theirs.dtype == torch.bfloat16
     assert torch.equal(logits(ours), logits(theirs))
@@ -117,8 +125,28 @@ def test_in_bfloat16_transforms_are_not_rounded(family: str, written: dict[str, 
                 assert torch.equal(value, found[name].transform.tensors()[part])
                 assert value.dtype == found[name].transform.tensors()[part].dtype
                 count += value.dtype == torch.float64
-    assert count
+    assert count or family == "carried"
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_carried_transform_is_no_surprise_to_transformers(
+    written: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its matrices are tensors that no module has."""
+    AutoModelForCausalLM.from_pretrained(written["carried"])
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+def test_other_checkpoints_of_compressed_tensors_keep_their_quantizer() -> None:
+    from transformers import CompressedTensorsConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    stock = quantization_config(own=False, ignore=[], transforms={})
+    assert type(AutoQuantizationConfig.from_dict(stock)) is CompressedTensorsConfig
+    theirs = {**stock, "transform_config": {"config_groups": {}}}
+    assert type(AutoQuantizationConfig.from_dict(theirs)) is CompressedTensorsConfig
+    ours = {**theirs, "weights_file": "mxtorq-model.safetensors"}
+    assert type(AutoQuantizationConfig.from_dict(ours)) is MxtorqConfig
 
 
 def test_a_checkpoint_in_many_files(

@@ -25,6 +25,7 @@ from mxtorq.options import (
     Json,
     Markdown,
     Methods,
+    MismatchTargets,
     Outliers,
     OutliersList,
     OwnFamily,
@@ -37,6 +38,7 @@ from mxtorq.options import (
     Seed,
     Seeds,
     Seqlen,
+    Targets,
     Text,
     Unfit,
     agreed,
@@ -58,6 +60,8 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     epilog="Examples:\n\n"
     "  mxtorq evaluate reference\n\n"
     "  mxtorq evaluate my-checkpoint --text wikitext2:wiki.test.raw --seqlen 2048 --json out.json"
+    "\n\n"
+    "  mxtorq evaluate my-checkpoint --targets vllm-blackwell,vllm-emulation"
 )
 def evaluate(
     model: Annotated[
@@ -69,15 +73,17 @@ def evaluate(
     seed: Seed = None,
     outliers: Outliers = None,
     family: OwnFamily = None,
+    targets: MismatchTargets = None,
     device: Device = "auto",
     json_path: Json = None,
 ) -> None:
     """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
     with speaking("no results were written"):
         from mxtorq import pipeline
-        from mxtorq.config import parse_family, plan_from
+        from mxtorq.config import parse_family, parse_target, plan_from
 
         plan = plan_from(given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
+        others = [parse_target(name) for name in (targets or "").split(",") if name]
         require_writable(json_path)
         with progress_bars() as progress:
             results = pipeline.evaluate(
@@ -87,6 +93,7 @@ def evaluate(
                 seed=seed or 0,
                 device=device,
                 family=parse_family(family),
+                targets=others,
                 progress=progress,
             )
         report_results(signed(results), json_path, f"Perplexity of {model}")
@@ -105,6 +112,7 @@ def compare(
     methods: Methods = None,
     roundings: Roundings = None,
     scale_rules: Rules = None,
+    targets: Targets = None,
     seeds: Seeds = None,
     outliers: OutliersList = None,
     calibration: Calibration = None,
@@ -126,7 +134,9 @@ def compare(
         seqlen=seqlen,
         allow_unfit=allow_unfit,
     )
-    lists = given(rounding=roundings, scale_rule=scale_rules, seed=seeds, outliers=outliers)
+    lists = given(
+        rounding=roundings, scale_rule=scale_rules, target=targets, seed=seeds, outliers=outliers
+    )
     with speaking("the rows that were finished are in the --json record, if you named one"):
         from mxtorq.config import parse_family, plan_from, read_settings, recipe_from
 

@@ -32,6 +32,7 @@ from mxtorq.options import (
     Rule,
     Seed,
     Seqlen,
+    Target,
     Unfit,
     bytes_of,
 )
@@ -48,6 +49,7 @@ from mxtorq.cli.app import app, given
     "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
     "\n\n"
     "  mxtorq quantize ./llama out --method hadamard --scale-rule even\n\n"
+    "  mxtorq quantize ./llama out --method hadamard --rounding gptq --target vllm-blackwell\n\n"
     "  mxtorq quantize ./llama out --rounding gptq --activation-memory 8GB --dry-run\n\n"
     "  torchrun --nproc-per-node 8 -m mxtorq quantize ./llama out --rounding gptq"
 )
@@ -59,6 +61,7 @@ def quantize(
     method: Method = None,
     rounding: Rounding = None,
     scale_rule: Rule = None,
+    target: Target = None,
     calibration: Calibration = None,
     calibration_tokens: CalibrationTokens = None,
     seqlen: Seqlen = None,
@@ -80,6 +83,7 @@ def quantize(
         method=method,
         rounding=rounding,
         scale_rule=scale_rule,
+        target=target,
         calibration=calibration,
         calibration_tokens=calibration_tokens,
         seqlen=seqlen,

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 from mxtorq.calibration.capture import batches
 from mxtorq.doctor.checks import Progress
 from mxtorq.doctor.subject import Subject
+from mxtorq.export.carried import stored_transform
 from mxtorq.formats import mxfp4
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import dequantize
 from mxtorq.loading.at_rest import stored_value
-from mxtorq.loading.checkpoint import load_checkpoint, stored_transform
+from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.skeleton import empty_model, fill_, stored_names
 from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family
@@ -159,8 +160,9 @@ def _transforms(subject: Subject) -> dict[str, Transform]:
     found: dict[str, Transform] = {}
     for site in subject.manifest.sites if subject.manifest is not None else ():
         if site.kind != "identity":
-            found.update(dict.fromkeys(site.linears, stored_transform(site, subject.transforms)))
-    for group in subject.groups:
+            transform = stored_transform(site, subject.tensors, subject.transforms)
+            found.update(dict.fromkeys(site.linears, transform))
+    for group in () if subject.manifest is not None else subject.groups:
         if group.matrix is not None:
             matrix = subject.tensors.tensor(group.matrix).double()
             matrix = matrix / len(matrix) ** 0.5

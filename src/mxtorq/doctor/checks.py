@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mxtorq.doctor.subject import QuantizedLinear, Subject
 from mxtorq.errors import MxtorqError
+from mxtorq.export.carried import stored_transform
 from mxtorq.export.checkpoint import read_manifest
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.spec import BLOCK, E2M1_MAGNITUDES, E8M0_NAN
 from mxtorq.kernels.dispatch import dequantize
 from mxtorq.reports.findings import Finding, Status
-from mxtorq.transforms import KINDS
 
 Progress = Callable[[str, int, int], None]
 
@@ -209,7 +209,7 @@ def _own_transforms(subject: Subject) -> Iterator[Finding]:
         parts = {} if subject.transforms is None else subject.transforms.below(site.site)
         stored -= {f"{site.site}.{name}" for name in parts}
         try:
-            KINDS[site.kind].from_tensors(site.width, parts)
+            stored_transform(site, subject.tensors, subject.transforms)
         except Exception as error:  # damaged data can fail anywhere
             text = f"{site.site}: its transform ({site.kind}) is missing or not whole: {error}"
             yield Finding(check="transforms", status=Status.WRONG, text=text[:300])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from mxtorq.doctor.subject import Subject
 from mxtorq.export.compressed_tensors import OWN
 from mxtorq.export.packed import QUARK
+from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.reports.findings import Verdict
 
 _DROPPED = "transform_config is not read: the rotation would be dropped in silence"
@@ -30,27 +31,40 @@ def _mxtorq(subject: Subject) -> tuple[str, str]:
 
 
 def _adapter(subject: Subject) -> tuple[str, str]:
-    return _mxtorq(subject) if subject.method == OWN else _transformers(subject)
+    return _mxtorq(subject) if subject.hidden else _transformers(subject)
 
 
 def _transformers(subject: Subject) -> tuple[str, str]:
-    if subject.method == OWN:
+    if subject.hidden:
         return "refused", "the tensors stand under a name that it does not look for"
     if subject.method == QUARK:
         return "W4A4", "through amd-quark's importer"
     if subject.groups:
         return "WRONG", _DROPPED
-    return "W4A4", "compressed-tensors rounds activations under even, on any device"
+    told = "compressed-tensors rounds activations under even, on any device"
+    return "W4A4", told + _mismatch(subject, ScaleRule.EVEN)
 
 
-def _vllm(kernel: str, runs_as: str) -> Callable[[Subject], tuple[str, str]]:
+def _mismatch(subject: Subject, rule: ScaleRule | None) -> str:
+    """What to say of an engine that rounds activations by another rule than the checkpoint."""
+    if rule is None or subject.manifest is None or rule == subject.input_rule:
+        return ""
+    return (
+        f"; it was made for {subject.input_rule.value} "
+        "(mxtorq evaluate --targets measures the difference)"
+    )
+
+
+def _vllm(
+    kernel: str, runs_as: str, rule: ScaleRule | None = None
+) -> Callable[[Subject], tuple[str, str]]:
     def judge(subject: Subject) -> tuple[str, str]:
         if subject.method == OWN:
             return "refused", "quant_method mxtorq needs the plugin"
         if subject.groups and _biased(subject):
             return "refused", "vLLM asserts that linears with an online transform have no bias"
         note = "; tensor parallelism of rotated linears is refused" if subject.groups else ""
-        return runs_as, kernel + note
+        return runs_as, kernel + note + _mismatch(subject, rule)
 
     return judge
 
@@ -58,8 +72,8 @@ def _vllm(kernel: str, runs_as: str) -> Callable[[Subject], tuple[str, str]]:
 def _plugin(subject: Subject) -> tuple[str, str]:
     if subject.manifest is not None and any(s.experts for s in subject.manifest.sites):
         return "refused", "the plugin serves no experts"
-    if subject.groups:
-        return "W4A4", "on GPUs, by vLLM's own transform_config; its CPU build has none"
+    if subject.groups and subject.manifest is None:
+        return "W4A4", "by vLLM's own transform_config; on CPUs activations under even"
     own = "" if subject.method == OWN else "; below SM100 with --quantization mxtorq"
     return (
         "W4A4",
@@ -82,9 +96,11 @@ ENGINES: dict[str, Callable[[Subject], tuple[str, str]]] = {
     "mxtorq": _mxtorq,
     "transformers": _transformers,
     "transformers + mxtorq": _adapter,
-    "vllm-blackwell": _vllm("FlashInfer, activations under rceil", "W4A4"),
+    "vllm-blackwell": _vllm("FlashInfer, activations under rceil", "W4A4", ScaleRule.RCEIL),
     "vllm-hopper": _vllm("Marlin below SM100: activations stay in BF16, one warning line", "W4A16"),
-    "vllm-emulation": _vllm("--linear-backend emulation needs amd-quark; even", "W4A4"),
+    "vllm-emulation": _vllm(
+        "--linear-backend emulation needs amd-quark; even", "W4A4", ScaleRule.EVEN
+    ),
     "vllm-rocm": _vllm("AITER on gfx950, its own rounding of scales", "W4A4"),
     "vllm-cpu": lambda subject: ("refused", "no MXFP4 kernel for linears without the plugin"),
     "vllm + mxtorq": _plugin,

@@ -17,14 +17,14 @@ from typing import Any
 
 from mxtorq.errors import CheckpointError
 from mxtorq.export.checkpoint import CONFIG, TRANSFORMS, is_checkpoint
-from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS_FILE
+from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS, weights_file
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.export.packed import QUARK
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.reading.configuration import read_configuration
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reading.headers import Entry
-from mxtorq.reading.shards import STEM, Shards, open_file, open_shards
+from mxtorq.reading.shards import Shards, open_file, open_shards
 
 _PACKED = {STOCK: "weight_packed", OWN: "weight_packed", QUARK: "weight"}
 
@@ -79,6 +79,11 @@ class Subject:
         return self.tensors.entry(name)
 
     @property
+    def hidden(self) -> bool:
+        """Whether the tensors stand under a name that stock transformers does not look for."""
+        return self.method == OWN or WEIGHTS in self.described
+
+    @property
     def input_rule(self) -> ScaleRule:
         """How inputs are rounded: as the manifest says, or by the rule of those who write none."""
         if self.manifest is None:
@@ -114,8 +119,8 @@ def open_subject(folder: Path) -> Subject:
     if is_checkpoint(folder):
         text = read_text(folder / FILE, LONGEST, refuse)
         manifest = Manifest.from_json(text, str(folder / FILE))
-    stem = WEIGHTS_FILE.get(method, f"{STEM}.safetensors").removesuffix(".safetensors")
-    tensors = open_shards(folder, refuse, stem)
+    described = described or {}
+    tensors = open_shards(folder, refuse, weights_file(described).removesuffix(".safetensors"))
     own = folder / TRANSFORMS
     linears = _linears(tensors, _PACKED[method])
     return Subject(
@@ -126,7 +131,7 @@ def open_subject(folder: Path) -> Subject:
         tensors=tensors,
         transforms=open_file(own, refuse) if own.is_file() else None,
         linears=linears,
-        groups=_groups(described or {}, tensors, list(linears)),
+        groups=_groups(described, tensors, list(linears)),
     )
 
 

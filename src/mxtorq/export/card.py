@@ -15,8 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
 
+from mxtorq.export.carried import is_carried
 from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, Manifest, SiteEntry
+from mxtorq.export.targets import Target
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.models import FAMILIES
 
@@ -42,10 +44,10 @@ class Papers:
 
 def card(manifest: Manifest, papers: Papers) -> str:
     """The text of README.md for a checkpoint."""
-    rotated = any(entry.kind != "identity" for entry in manifest.sites)
+    rotated = [entry for entry in manifest.sites if entry.kind != "identity"]
     parts = [
-        *_front_matter(manifest, papers, rotated),
-        *_what(manifest, papers, rotated),
+        *_front_matter(manifest, papers, bool(rotated), all(map(is_carried, rotated))),
+        *_what(manifest, papers, bool(rotated)),
         *_recipe(manifest),
         *_results(manifest),
         *_loading(manifest, rotated),
@@ -56,7 +58,7 @@ def card(manifest: Manifest, papers: Papers) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _front_matter(manifest: Manifest, papers: Papers, rotated: bool) -> list[str]:
+def _front_matter(manifest: Manifest, papers: Papers, rotated: bool, stock: bool) -> list[str]:
     bases = [papers.hub_name] if papers.hub_name else list(papers.base_models)
     method = re.sub(r"[^a-z0-9+]", "-", manifest.method.partition(":")[0].lower())
     entries = {
@@ -68,7 +70,7 @@ def _front_matter(manifest: Manifest, papers: Papers, rotated: bool) -> list[str
     if bases:
         lines += ["base_model:", *(f"- {json.dumps(base)}" for base in bases)]
         lines += ["base_model_relation: quantized"]
-    tags = ["mxfp4", "w4a4", OWN, *([] if rotated else [STOCK]), method]
+    tags = ["mxfp4", "w4a4", OWN, *([STOCK] if stock else []), method]
     lines += [
         f"library_name: {OWN if rotated else 'transformers'}",
         "pipeline_tag: text-generation",
@@ -160,7 +162,7 @@ def _results(manifest: Manifest) -> list[str]:
     ]
 
 
-def _loading(manifest: Manifest, rotated: bool) -> list[str]:
+def _loading(manifest: Manifest, rotated: list[SiteEntry]) -> list[str]:
     family = str(manifest.source["family"])
     own = family not in FAMILIES
     lines = [
@@ -180,36 +182,57 @@ def _loading(manifest: Manifest, rotated: bool) -> list[str]:
             f"`{_shown(family)}` is no family of mxtorq's: pass the object that describes it.",
             "",
         ]
+    if own and rotated:
+        return [*lines, "Other engines cannot load it, since they cannot be given a family.", ""]
+    if rotated and all(map(is_carried, rotated)):
+        return [*lines, *_load_carried(manifest), *_LOAD_WITH_TRANSFORMERS]
     if rotated:
-        return [*lines, *_load_rotated(own)]
+        return [*lines, *_LOAD_WITH_TRANSFORMERS, *_LOAD_WITH_PLUGIN]
     return [*lines, *_load_plain(manifest)]
 
 
-def _load_rotated(own: bool) -> list[str]:
-    if own:
-        return ["Other engines cannot load it, since they cannot be given a family.", ""]
+_LOAD_WITH_TRANSFORMERS = [
+    "With transformers, from a folder or from the hub:",
+    "",
+    "```python",
+    "import mxtorq  # transformers learns of the transforms by this line",
+    "from transformers import AutoModelForCausalLM",
+    "",
+    'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
+    "```",
+    "",
+    "It computes in bfloat16 unless `dtype=` says otherwise. "
+    f"Without the first line it stops with an error that {WEIGHTS_FILE[STOCK]} is missing. The "
+    f"tensors are in {WEIGHTS_FILE[OWN]} on purpose: run without the transforms, the model "
+    "would speak nonsense.",
+    "",
+]
+
+_LOAD_WITH_PLUGIN = [
+    "With vLLM, where mxtorq is installed beside it (its plugin is found by itself):",
+    "",
+    "```",
+    "vllm serve THIS_FOLDER",
+    "```",
+    "",
+    f"Without the plugin vLLM refuses the quantization method `{OWN}`.",
+    "",
+]
+
+
+def _load_carried(manifest: Manifest) -> list[str]:
+    target = Target(manifest.recipe.get("target", Target.MXTORQ))
     return [
-        "With transformers, from a folder or from the hub:",
-        "",
-        "```python",
-        "import mxtorq  # transformers learns of the transforms by this line",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")',
-        "```",
-        "",
-        "It computes in bfloat16 unless `dtype=` says otherwise. "
-        f"Without the first line it stops with an error that {WEIGHTS_FILE[STOCK]} is missing. The "
-        f"tensors are in {WEIGHTS_FILE[OWN]} on purpose: run without the transforms, the model "
-        "would speak nonsense.",
-        "",
-        "With vLLM, where mxtorq is installed beside it (its plugin is found by itself):",
+        f"With vLLM, as its target `{target.value}` computes; mxtorq is not needed there:",
         "",
         "```",
         "vllm serve THIS_FOLDER",
         "```",
         "",
-        f"Without the plugin vLLM refuses the quantization method `{OWN}`.",
+        "The transforms stand in `transform_config`, which vLLM runs, without tensor parallelism. "
+        f"{target.card.why[0].upper()}{target.card.why[1:]}. On other devices activations are "
+        "rounded by another rule, or not at all. Where mxtorq is installed, `--quantization "
+        f"{OWN}` computes the same on any device, with tensor parallelism.",
         "",
     ]
 

@@ -2,9 +2,10 @@
 
     config.json                    transformers' configuration with ``quantization_config``
     model.safetensors              packed weights, scales, and the unquantized tensors in BF16
-      (mxtorq-model.safetensors    the same where transforms must run: see `compressed_tensors`)
+      (mxtorq-model.safetensors    the same where transforms must run: see `compressed_tensors`;
+                                   with the matrices of those that vLLM runs too: see `carried`)
       or, for large models, a file a layer and model.safetensors.index.json
-    mxtorq-transforms.safetensors  float64 tensors of each site's transform, if any
+    mxtorq-transforms.safetensors  float64 tensors of each site's other transform, if any
     tokenizer and generation files
     README.md, LICENSE ...         the card, and the source's licence files
     mxtorq.json                    the manifest, with the SHA-256 of every other file
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mxtorq.errors import CheckpointError
-from mxtorq.export.compressed_tensors import WEIGHTS_FILE
+from mxtorq.export.compressed_tensors import WEIGHTS_FILE, weights_file
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal, read_text
@@ -175,10 +176,11 @@ def read_checkpoint(folder: Path) -> Contents:
         todo="copy the checkpoint again, or quantize again",
     )
     config = read_configuration(folder / CONFIG, refuse)
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    described = config.get("quantization_config") or {}
+    method = described.get("quant_method")
     if not isinstance(method, str) or method not in WEIGHTS_FILE:
         raise refuse(f"quant_method = {method!r:.200}", f"it is none of {', '.join(WEIGHTS_FILE)}")
-    weights = _listed(folder, WEIGHTS_FILE[method], manifest, refuse)
+    weights = _listed(folder, weights_file(described), manifest, refuse)
     require_plausible(config, len(weights.names), weights.total_bytes, refuse)
     parts = _listed(folder, TRANSFORMS, manifest, refuse) if TRANSFORMS in manifest.files else None
     return Contents(config=config, manifest=manifest, weights=weights, transforms=parts)

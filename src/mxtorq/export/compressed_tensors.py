@@ -5,13 +5,16 @@ the tensors ``P.weight_packed`` uint8 [d_out, d/2], even element in the low nibb
 ``P.weight_scale`` uint8 [d_out, d/32], E8M0; no global scale.
 
 A transform that stock engines would drop must stop them. A checkpoint without transforms carries
-``quant_method: compressed-tensors`` and stock engines run it. One with transforms carries
-``quant_method: mxtorq``, which vLLM refuses without our plugin (`serving.vllm`). transformers
-merely warns about a method that it does not know and fills the model with random weights, so the
-tensors also stand under a file name that it does not look for: it stops with an error instead. Its
-adapter (`serving.transformers`) tells it the name.
+``quant_method: compressed-tensors`` and stock engines run it. So does one whose transforms all
+stand in ``transform_config`` (`carried`), which vLLM runs and transformers drops. One with other
+transforms carries ``quant_method: mxtorq``, which vLLM refuses without our plugin
+(`serving.vllm`). transformers merely warns about a method that it does not know and fills the model
+with random weights. So the tensors of any checkpoint with transforms stand under a file name that
+it does not look for: it stops with an error instead. Its adapter (`serving.transformers`) tells it
+the name.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 FORMAT = "mxfp4-pack-quantized"
@@ -21,11 +24,11 @@ OWN = "mxtorq"
 _FORMAT_VERSION = "0.20.0"
 
 WEIGHTS = "weights_file"
-"""The entry of a rotated checkpoint's ``quantization_config`` that names the file with the tensors,
-or its index: an adapter has to know before it sees the folder."""
+"""The entry of ``quantization_config``, where something is transformed, that names the file with
+the tensors, or its index: an adapter has to know before it sees the folder."""
 
 WEIGHTS_FILE = {STOCK: "model.safetensors", OWN: "mxtorq-model.safetensors"}
-"""The file with the tensors of each quant_method."""
+"""The file with the tensors: where stock engines look for it, and where our adapters alone do."""
 
 _MXFP4: dict[str, Any] = {
     "num_bits": 4,
@@ -41,15 +44,24 @@ _MXFP4: dict[str, Any] = {
 }
 
 
-def quantization_config(*, rotated: bool, ignore: list[str]) -> dict[str, Any]:
+def weights_file(described: Mapping[str, Any]) -> str:
+    """The file with the tensors, or its index's, by a ``quantization_config``."""
+    own = WEIGHTS in described or described.get("quant_method") == OWN
+    return WEIGHTS_FILE[OWN if own else STOCK]
+
+
+def quantization_config(
+    *, own: bool, ignore: list[str], transforms: Mapping[str, Any]
+) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     Args:
-        rotated: whether any site has a transform that must run online.
+        own: whether any site has a transform that our adapters alone run.
         ignore: linears that stay in BF16, by full name.
+        transforms: the ``transform_config``; empty for none.
     """
-    return {
-        "quant_method": OWN if rotated else STOCK,
+    described = {
+        "quant_method": OWN if own else STOCK,
         "format": FORMAT,
         "quantization_status": "compressed",
         "version": _FORMAT_VERSION,
@@ -67,3 +79,4 @@ def quantization_config(*, rotated: bool, ignore: list[str]) -> dict[str, Any]:
             }
         },
     }
+    return {**described, "transform_config": dict(transforms)} if transforms else described

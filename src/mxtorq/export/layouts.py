@@ -54,7 +54,7 @@ def write_packed(model: Packed, folder: Path, layout: str, progress: Progress) -
         notes = quark_notes(model)
     else:
         endings = ("weight_packed", "weight_scale")
-        described = quantization_config(rotated=False, ignore=model.unquantized)
+        described = quantization_config(own=False, ignore=model.unquantized, transforms={})
         if model.input_rule is None:
             described["config_groups"]["group_0"]["input_activations"] = None
         notes = compressed_tensors_notes(model)

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mxtorq.errors import CheckpointError, FormatError
+from mxtorq.errors import CheckpointError
+from mxtorq.export.carried import is_carried, matrix_name, stored_transform
 from mxtorq.export.checkpoint import CONFIG, is_checkpoint, read_checkpoint
 from mxtorq.export.compressed_tensors import FORMAT, STOCK
 from mxtorq.export.manifest import Manifest, SiteEntry
@@ -32,7 +33,6 @@ from mxtorq.formats.spec import BLOCK
 from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.shards import Shards, open_shards
-from mxtorq.transforms import KINDS
 from mxtorq.transforms.base import Transform
 
 QUARK = "quark"
@@ -85,11 +85,7 @@ class Packed:
 
     def transform(self, entry: SiteEntry) -> Transform:
         """The transform of a site. Raises `CheckpointError`."""
-        stored = {} if self.transforms is None else self.transforms.below(entry.site)
-        try:
-            return KINDS[entry.kind].from_tensors(entry.width, stored)
-        except (KeyError, FormatError) as error:
-            raise self.shards.refuse(f"the transform of {entry.site}: {error}") from error
+        return stored_transform(entry, self.shards, self.transforms)
 
     def groups(self) -> Iterator[Group]:
         """All tensors, layer by layer, then those outside of the layers one by one."""
@@ -112,12 +108,13 @@ def read_packed(folder: Path) -> Packed:
         config = dict(contents.config)
         described = config.pop("quantization_config")
         linears, plain = _of_packed(contents.weights)
+        matrices = {matrix_name(entry) for entry in contents.manifest.sites if is_carried(entry)}
         return Packed(
             folder=folder,
             config=config,
             shards=contents.weights,
             linears=linears,
-            plain=plain,
+            plain=[name for name in plain if name not in matrices],
             unquantized=list(described["ignore"]),
             input_rule=ScaleRule(contents.manifest.scale_rules["activations"]),
             manifest=contents.manifest,

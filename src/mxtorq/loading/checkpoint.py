@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mxtorq.errors import CheckpointError, FormatError, MxtorqError
+from mxtorq.errors import CheckpointError, MxtorqError
+from mxtorq.export.carried import is_carried, matrix_name, stored_transform
 from mxtorq.export.checkpoint import Contents, read_checkpoint
 from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.formats.e8m0 import ScaleRule
@@ -21,11 +22,8 @@ from mxtorq.loading.families import family_again
 from mxtorq.loading.skeleton import empty_, empty_model, fill_, stored_names
 from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models.family import Family
-from mxtorq.reading.shards import Shards
 from mxtorq.surgery.linear import MXFP4Linear, keep_weights_, linear_at
 from mxtorq.surgery.site_input import SiteInput
-from mxtorq.transforms import KINDS
-from mxtorq.transforms.base import Transform
 
 
 def load(
@@ -145,7 +143,7 @@ def require_described(
 def _restore_site_(model: nn.Module, contents: Contents, name: str, entry: SiteEntry) -> None:
     for linear in entry.linears:
         _require_width(linear_at(model, linear), entry.width, linear)
-    transform = stored_transform(entry, contents.transforms)
+    transform = stored_transform(entry, contents.weights, contents.transforms)
     rule = ScaleRule(contents.manifest.scale_rules["activations"])
     experts = entry.experts["count"] if entry.experts else 1
     shared = SiteInput(transform, rule, len(entry.linears) // experts)
@@ -193,7 +191,8 @@ def _require_like(model: nn.Module, contents: Contents, tensor: str, name: str) 
 
 
 def _require_known(contents: Contents, known: set[str], name: str) -> None:
-    unknown = sorted(set(contents.weights.names) - known)
+    matrices = {matrix_name(entry) for entry in contents.manifest.sites if is_carried(entry)}
+    unknown = sorted(set(contents.weights.names) - known - matrices)
     if unknown:
         raise CheckpointError(
             asked=f"the checkpoint {name}",
@@ -224,21 +223,3 @@ def _require_shape(linear: nn.Linear, codes: MXFP4, name: str) -> None:
             why="MXFP4 keeps two codes a byte and one scale byte for 32 weights",
             todo="quantize again; do not mix files of two checkpoints",
         )
-
-
-def stored_transform(entry: SiteEntry, stored: Shards | None) -> Transform:
-    """The transform of a site, out of the file with all of them.
-
-    Raises:
-        CheckpointError: its tensors are not there, or do not describe one of its kind.
-    """
-    parts = {} if stored is None else stored.below(entry.site)
-    try:
-        return KINDS[entry.kind].from_tensors(entry.width, parts)
-    except (KeyError, FormatError) as error:
-        raise CheckpointError(
-            asked=f"the transform of {entry.site}",
-            found=f"kind {entry.kind!r} with the tensors {sorted(parts)}: {error}",
-            why=f"it is none of {', '.join(KINDS)}, or not whole",
-            todo="load it with the release that wrote it, or quantize again",
-        ) from error

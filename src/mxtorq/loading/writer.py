@@ -13,8 +13,15 @@ from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import VerificationError
+from mxtorq.export.carried import is_carried, transform_config
 from mxtorq.export.checkpoint import place_tensors, place_transforms, read_checkpoint, write_config
-from mxtorq.export.compressed_tensors import WEIGHTS, WEIGHTS_FILE, quantization_config
+from mxtorq.export.compressed_tensors import (
+    OWN,
+    STOCK,
+    WEIGHTS,
+    WEIGHTS_FILE,
+    quantization_config,
+)
 from mxtorq.export.unfinished import Unfinished
 from mxtorq.loading.at_rest import stored_parts, stored_value
 from mxtorq.loading.checkpoint import restored_layers
@@ -37,17 +44,22 @@ def write_checkpoint(folder: Path, source: Source, run: Unfinished) -> dict[str,
     linears = [name for name, module in modules if isinstance(module, nn.Linear)]
     plain = [name for name in linears if not name.startswith(f"{family.layers}.")]
     plain += [name for layer in run.layers for name in layer.kept]
-    rotated = any(site.kind != "identity" for layer in run.layers for site in layer.sites)
+    sites = [site for layer in run.layers for site in layer.sites]
+    transformed = [site for site in sites if site.kind != "identity"]
     config = json.loads(source.config.to_json_string())
     config["dtype"] = "bfloat16"
-    described = quantization_config(rotated=rotated, ignore=sorted([*plain, *routers(source)]))
+    described = quantization_config(
+        own=not all(map(is_carried, transformed)),
+        ignore=sorted([*plain, *routers(source)]),
+        transforms=transform_config(transformed),
+    )
     config["quantization_config"] = described
     pieces = run.pieces()
     for name in outside_layers(source):  # one by one: an embedding is as large as some layers
         pieces.append(run.folder / f"{name}.safetensors")
         write_tensors(pieces[-1], {name: stored_value(source, name)})
-    placed = place_tensors(folder, WEIGHTS_FILE[described["quant_method"]], pieces)
-    if rotated:
+    placed = place_tensors(folder, WEIGHTS_FILE[OWN if transformed else STOCK], pieces)
+    if transformed:
         described[WEIGHTS] = placed
     place_transforms(folder, run.pieces("-transforms.safetensors"))
     write_config(folder, config)

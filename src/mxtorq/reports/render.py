@@ -159,6 +159,7 @@ def _fitting(lines: list[list[str]], width: int | None) -> tuple[list[int], list
 def footnote(results: Results) -> str:
     """What a reader must know to trust or to distrust the figures."""
     notes = [
+        "scale rule: of weights, and of activations behind a / where that is another. "
         "vs BF16: of the perplexity. KL: from the BF16 model, mean of all predictions, in nats. "
         "SQNR: of the quantized linears' outputs, from the mean error of all sites. MACs: what the "
         "transforms multiply online for a token. bytes: what they store. search s: choosing the "
@@ -201,7 +202,7 @@ def _groups(results: Results) -> list[list[Row]]:
     """Rows that differ in their seed only."""
     found: dict[object, list[Row]] = {}
     for row in results.rows:
-        key = (row.outliers, row.method, row.rounding, row.scale_rule)
+        key = (row.outliers, row.method, row.rounding, row.scale_rule, row.activation_rule)
         found.setdefault(key, []).append(row)
     return list(found.values())
 
@@ -215,7 +216,7 @@ def _cells(group: list[Row], baseline: float | None) -> list[str]:
         row.method if len(group) == 1 else f"{row.method} ({len(group)} seeds)",
         row.outliers or "none",
         row.rounding or "-",
-        row.scale_rule or "-",
+        "/".join(rule for rule in (row.scale_rule, row.activation_rule) if rule) or "-",
         _spread(values, ".4f") if max(values) < 1e5 else f"{_mean(values):.3e}",
         "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
         _spread([each.kl for each in group if each.kl is not None], ".4f"),

@@ -46,7 +46,8 @@ class Row:
     rounding: str | None
     """How weights were rounded; None for the baseline."""
     scale_rule: str | None
-    """The scale rule of weights and activations; None for the baseline."""
+    """The scale rule of weights, and of activations unless ``activation_rule`` says otherwise; None
+    for the baseline."""
     perplexity: float
     nll: float
     predictions: int
@@ -56,6 +57,10 @@ class Row:
     """The profile that the model's channels were rescaled by, if any."""
     ocp: bool = True
     """False: scales that no hardware has. Such rows explain published numbers and stand apart."""
+    activation_rule: str | None = None
+    """The scale rule of activations where it is not that of the weights."""
+    target: str | None = None
+    """The engine that it was quantized for; None for the baseline and in older records."""
     kl: float | None = None
     """Mean over predictions of KL(baseline || this model), in nats."""
     site_error: float | None = None

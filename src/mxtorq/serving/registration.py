@@ -7,7 +7,8 @@ when it has been executed. Importing transformers here instead would cost every 
 seconds.
 
 The finder looks at one name and says nothing about all others. It keeps no state, so threads and
-reloads need no care: a table that is made anew gets its row anew. When the module is loaded it has
+reloads need no care: a table that is made anew gets its row anew. The row of compressed-tensors
+stays for all checkpoints but ours with transforms. When the module is loaded it has
 the loader that it would have had, and no trace of ours. A row called ``mxtorq`` that is there
 already stays.
 """
@@ -19,7 +20,7 @@ from threading import local
 from types import ModuleType
 from typing import Any
 
-from mxtorq.export.compressed_tensors import OWN
+from mxtorq.export.compressed_tensors import OWN, STOCK
 
 TABLE = "transformers.quantizers.auto"
 """The module with transformers' tables of quantizers and their configurations."""
@@ -44,6 +45,9 @@ def register(table: ModuleType) -> None:
         table.register_quantization_config(OWN)(ours.MxtorqConfig)
     if OWN not in table.AUTO_QUANTIZER_MAPPING:
         table.register_quantizer(OWN)(ours.MxtorqQuantizer)
+    stock = table.AUTO_QUANTIZATION_CONFIG_MAPPING.get(STOCK)
+    if stock is not None and not hasattr(stock, "ours"):
+        table.AUTO_QUANTIZATION_CONFIG_MAPPING[STOCK] = ours.carrying(stock)
 
 
 class _Watch:  # no subclass of importlib.abc's: importing that is most of what this costs

@@ -33,6 +33,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxtorq.errors import CheckpointError, MxtorqError, UsageError
+from mxtorq.export.carried import STORED_NAME
 from mxtorq.export.compressed_tensors import OWN, WEIGHTS, WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.reading.documents import Refusal, read_text
@@ -46,6 +47,22 @@ class MxtorqConfig(QuantizationConfigMixin):
     def __init__(self, **content: Any) -> None:
         vars(self).update(content)
         self.quant_method: Any = OWN
+
+
+def carrying(stock: Any) -> Any:
+    """transformers' own configuration of compressed-tensors, but for checkpoints of ours that have
+    transforms in it, which that would drop: they get ours."""
+
+    class Carrying(stock):  # type: ignore[misc]
+        ours = True
+
+        @classmethod
+        def from_dict(cls, config_dict: dict[str, Any], *more: Any, **named: Any) -> Any:
+            if WEIGHTS in config_dict:
+                return MxtorqConfig(**config_dict)
+            return stock.from_dict(config_dict, *more, **named)
+
+    return Carrying
 
 
 class MxtorqQuantizer(HfQuantizer):
@@ -109,6 +126,8 @@ class MxtorqQuantizer(HfQuantizer):
         files = [Path(file) for file in asked.get("checkpoint_files") or ()]
         with _reading():
             _restore_(model, files)
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = {*ignored, STORED_NAME.pattern}
         return model
 
     def update_weight_conversions(self, conversions: Any, *model: Any) -> list[Any]:
@@ -172,12 +191,14 @@ def _restore_(model: Any, files: list[Path]) -> None:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Shapes(Shards):
-    """Tensors without values, in the dtypes that they are to be loaded in."""
+    """A model's tensors without values, in the dtypes that they are to be loaded in."""
 
     dtype: torch.dtype
 
     def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:
         entry = self.entry(name)
+        if STORED_NAME.search(name):  # of a transform, which transformers knows nothing of
+            return super().tensor(name, rows)
         dtype = self.dtype if entry.dtype.is_floating_point else entry.dtype
         whole = torch.empty(entry.shape, dtype=dtype, device="meta")
         return whole if rows is None else whole[rows]

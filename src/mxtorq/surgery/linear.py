@@ -198,6 +198,13 @@ def keep_weights_(model: nn.Module, limit: int | None = None) -> int:
     return kept
 
 
+def round_inputs_by_(model: nn.Module, rule: ScaleRule) -> None:
+    """Let MXFP4 linears choose the scales of their activations by another rule."""
+    for module in model.modules():
+        if isinstance(module, MXFP4Linear):
+            module.input.scale = rule
+
+
 def linear_at(module: nn.Module, path: str) -> nn.Linear:
     """The linear at a path below a module.
 

@@ -71,7 +71,7 @@ class SiteInput:
         if inputs.dtype not in (torch.float32, torch.bfloat16):
             return self._round(inputs.float()).to(inputs.dtype)
         if not isinstance(self.scale, ScaleRule):  # its grid may depend on all tokens together
-            values = self.transform.apply(inputs.float())
+            values = self.transform.online(inputs.float())
             return fake_quantize(values, self.scale).to(inputs.dtype)
         tokens = inputs.reshape(-1, inputs.shape[-1])
         if isinstance(self.transform, TwoLevelRotation) and len(self.transform.inter):
@@ -83,7 +83,7 @@ class SiteInput:
             self._round_blocks(tokens, out)
         else:
             for here in chunks(tokens, tokens.shape[1] // BLOCK):
-                part = self._rest.apply(tokens[here].float())
+                part = self._rest.online(tokens[here].float())
                 if out.dtype == torch.float32:
                     self._round_blocks(part, out[here])
                 else:

@@ -1,8 +1,8 @@
 """Invertible maps of the feature axis, and the methods that choose them from activations.
 
 Lives here: what a transform is and what a method may see (`base`), transforms that several methods
-share (`rotation`, `block_matrices`, `kronecker`, `diagonal`, `permutation`, `chain`), and one file
-or folder a paper, under the paper's name (`torq`, `duquant`, `wush`).
+share (`rotation`, `block_matrices`, `kronecker`, `diagonal`, `permutation`, `chain`), what engines
+apply (`engine_matrix`), and one file or folder a paper, under its name (`torq`, `duquant`, `wush`).
 Does not live here: modules, files, Hugging Face. A method takes statistics and returns a value.
 
 To add a method:
@@ -18,6 +18,7 @@ from mxtorq.transforms.base import Transform, TransformMethod
 from mxtorq.transforms.brq import BRQ
 from mxtorq.transforms.chain import LINKS, Chain
 from mxtorq.transforms.duquant.method import DuQuant, DuQuantPlusPlus
+from mxtorq.transforms.engine_matrix import EngineMatrix
 from mxtorq.transforms.hadamard import Hadamard
 from mxtorq.transforms.hires.method import HiRes
 from mxtorq.transforms.perq import PeRQ
@@ -49,6 +50,7 @@ KINDS: dict[str, type[Transform]] = {
     Identity.kind: Identity,
     TwoLevelRotation.kind: TwoLevelRotation,
     Chain.kind: Chain,
+    EngineMatrix.kind: EngineMatrix,
     **LINKS,
 }
 """Transforms by the ``kind`` that a checkpoint stores."""

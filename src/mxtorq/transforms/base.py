@@ -138,6 +138,10 @@ class Transform(ABC):
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
         """Online: x T for each row x, in the dtype of ``values``."""
 
+    def online(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
+        """What an engine computes for x T: `apply`, unless its rounding belongs to the map."""
+        return self.apply(values)
+
     @abstractmethod
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         """Offline: W T^-T in float64."""

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mxtorq.errors import CheckpointError, MxtorqError, UsageError
+from mxtorq.export.carried import carried_transform, is_carried, own_transform
 from mxtorq.export.checkpoint import TRANSFORMS, read_manifest
+from mxtorq.export.compressed_tensors import OWN, WEIGHTS_FILE
 from mxtorq.export.manifest import FILE, LONGEST, Manifest, SiteEntry
 from mxtorq.formats.e8m0 import ScaleRule
-from mxtorq.loading.checkpoint import stored_transform
 from mxtorq.reading.documents import Refusal, read_text
-from mxtorq.reading.shards import open_file
+from mxtorq.reading.shards import open_file, open_shards
 from mxtorq.transforms.base import Transform
 from mxtorq.writing import fingerprint
 
@@ -56,9 +57,12 @@ class Checkpoint:
 
     def transform_of(self, entry: SiteEntry) -> Transform:
         """The transform of a site. Raises `CheckpointError` if it is damaged."""
-        if TRANSFORMS not in self.manifest.files:
-            return stored_transform(entry, None)
-        return stored_transform(entry, open_file(self.folder / TRANSFORMS, _refuse(self.folder)))
+        refuse = _refuse(self.folder)
+        if is_carried(entry):
+            file = WEIGHTS_FILE[OWN].removesuffix(".safetensors")
+            return carried_transform(entry, open_shards(self.folder, refuse, file))
+        there = TRANSFORMS in self.manifest.files
+        return own_transform(entry, open_file(self.folder / TRANSFORMS, refuse) if there else None)
 
     def _site(self, linear: str) -> SiteEntry | None:
         return next((e for e in self.manifest.sites if linear in e.linears), None)

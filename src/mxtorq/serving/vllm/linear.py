@@ -31,6 +31,7 @@ from vllm.model_executor.parameter import GroupQuantScaleParameter, ModelWeightP
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from mxtorq.errors import CheckpointError
+from mxtorq.export.carried import STORED_NAME
 from mxtorq.export.compressed_tensors import FORMAT, OWN, STOCK
 from mxtorq.export.manifest import SiteEntry
 from mxtorq.formats.mxfp4 import MXFP4
@@ -92,7 +93,7 @@ class MxtorqConfig(QuantizationConfig):
     def get_checkpoint_weight_mapper() -> WeightsMapper:
         """Drops the transforms, which no module of vLLM has a parameter for."""
         transforms = re.compile(rf"\.(?:{'|'.join(SiteName)})\.")
-        dropped = WeightsMapper(orig_to_new_regex={transforms: None})
+        dropped = WeightsMapper(orig_to_new_regex={transforms: None, STORED_NAME: None})
         return QuantizationConfig.get_checkpoint_weight_mapper() | dropped
 
     def get_quant_method(self, layer: Module, prefix: str) -> Any:

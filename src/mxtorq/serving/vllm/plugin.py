@@ -19,7 +19,7 @@ def register() -> None:
         from vllm.platforms import PlatformEnum
 
         from mxtorq.serving.vllm.linear import MxtorqConfig, register_operator
-        from mxtorq.serving.vllm.stock import MxtorqMxFp4LinearKernel
+        from mxtorq.serving.vllm.stock import MxtorqMxFp4LinearKernel, complete_transforms
     except ImportError as error:
         warnings.warn(
             f"mxtorq's plugin does not fit this vLLM and is left out: {error}. It is tested with "
@@ -32,6 +32,7 @@ def register() -> None:
 
     register_quantization_config(OWN)(MxtorqConfig)
     register_operator()
+    complete_transforms()
     for platform in (PlatformEnum.CPU, PlatformEnum.CUDA):
         if MxtorqMxFp4LinearKernel not in kernels._POSSIBLE_MXFP4_KERNELS.get(platform, []):
             kernels.register_linear_kernel(MxtorqMxFp4LinearKernel, platform, "mxfp4")

@@ -11,6 +11,7 @@ from mxtorq.transforms.base import Transform
 from mxtorq.transforms.block_matrices import BlockMatrices
 from mxtorq.transforms.chain import Chain
 from mxtorq.transforms.diagonal import Diagonal
+from mxtorq.transforms.engine_matrix import EngineMatrix
 from mxtorq.transforms.permutation import Permutation
 from mxtorq.transforms.rotation import BlockRotation, Identity
 from mxtorq.transforms.torq.rotation import TwoLevelRotation
@@ -27,6 +28,8 @@ def part_of(transform: Transform, start: int, stop: int) -> Transform | None:
         case BlockRotation(rotation=rotation):
             whole = _whole(start, width, len(rotation))
             return BlockRotation(width, rotation) if whole else None
+        case EngineMatrix(block=block):
+            return EngineMatrix(width, block) if _whole(start, width, len(block)) else None
         case BlockMatrices(matrices=matrices):
             size = matrices.shape[1]
             part = matrices[start // size : stop // size]

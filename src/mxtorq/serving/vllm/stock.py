@@ -1,4 +1,4 @@
-"""A kernel for stock ``compressed-tensors`` MXFP4 checkpoints: those without transforms.
+"""A kernel for stock ``compressed-tensors`` MXFP4 checkpoints.
 
 vLLM's own scheme stays in charge of names, shapes and loading; it asks the platform for a kernel
 that multiplies. CPUs have none, so this one makes such checkpoints run there, ours and others'.
@@ -20,6 +20,9 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.kernels.linear.mxfp4.base import (
     MxFp4LinearKernel,
     MxFp4LinearLayerConfig,
+)
+from vllm.model_executor.layers.quantization.compressed_tensors.transform.module import (
+    HadamardTransform,
 )
 from vllm.model_executor.layers.quantization.utils.quant_utils import kMxfp4Dynamic
 
@@ -61,6 +64,13 @@ class MxtorqMxFp4LinearKernel(MxFp4LinearKernel):
 
     def apply_weights(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return call(layer.prefix, x, bias, len(layer.weight_packed))
+
+
+def complete_transforms() -> None:
+    """On CPUs vLLM asks a module for its product, which it gives to linears and not to the online
+    transforms of ``transform_config``; so they get the plain one."""
+    if not hasattr(HadamardTransform, "cpu_linear"):
+        HadamardTransform.cpu_linear = staticmethod(torch.nn.functional.linear)
 
 
 @cache
