@@ -161,6 +161,16 @@ def check_rule(subject: Subject, scan: Scan) -> Iterator[Finding]:
     yield Finding(check="scale rule", status=Status.OK, text=text)
 
 
+def check_inputs(subject: Subject) -> Iterator[Finding]:
+    """Whether inputs are meant to be rounded."""
+    if subject.weights_only:
+        text = (
+            "the configuration does not round them: a W4A16 checkpoint. Logits are compared as "
+            "W4A4 all the same, as vLLM runs it on Blackwell"
+        )
+        yield Finding(check="inputs", status=Status.NOTE, text=text)
+
+
 def check_transforms(subject: Subject) -> Iterator[Finding]:
     """Every transform is there, whole, and will be applied somewhere."""
     yield from _own_transforms(subject)

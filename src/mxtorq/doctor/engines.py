@@ -41,6 +41,8 @@ def _transformers(subject: Subject) -> tuple[str, str]:
         return "W4A4", "through amd-quark's importer"
     if subject.groups:
         return "WRONG", _DROPPED
+    if subject.weights_only:
+        return "W4A16", "inputs are not rounded, as the configuration says"
     told = "compressed-tensors rounds activations under even, on any device"
     return "W4A4", told + _mismatch(subject, ScaleRule.EVEN)
 
@@ -63,6 +65,8 @@ def _vllm(
             return "refused", "quant_method mxtorq needs the plugin"
         if subject.groups and _biased(subject):
             return "refused", "vLLM asserts that linears with an online transform have no bias"
+        if subject.weights_only and runs_as == "W4A4":
+            return runs_as, f"{kernel}, though the configuration rounds none (vllm#56770)"
         note = "; tensor parallelism of rotated linears is refused" if subject.groups else ""
         return runs_as, kernel + note + _mismatch(subject, rule)
 

@@ -12,6 +12,7 @@ from mxtorq.doctor.checks import (
     check_decoding,
     check_files,
     check_fused,
+    check_inputs,
     check_rule,
     check_scales,
     check_shapes,
@@ -85,6 +86,7 @@ def _findings(subject: Subject, progress: Progress) -> Iterator[Finding]:
     counted = scan(subject, progress)
     for check in (check_shapes, check_scales, check_decoding, check_rule):
         yield from check(subject, counted)
+    yield from check_inputs(subject)
     yield from check_transforms(subject)
     yield from check_fused(subject)
 

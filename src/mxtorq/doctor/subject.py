@@ -84,6 +84,17 @@ class Subject:
         return self.method == OWN or WEIGHTS in self.described
 
     @property
+    def weights_only(self) -> bool:
+        """Whether the configuration says that inputs are not rounded (W4A16)."""
+        if self.method == QUARK:
+            layer = self.described.get("global_quant_config")
+            return isinstance(layer, dict) and layer.get("input_tensors") is None
+        groups = self.described.get("config_groups")
+        listed = list(groups.values()) if isinstance(groups, dict) else []
+        inputs = [each.get("input_activations") for each in listed if isinstance(each, dict)]
+        return bool(inputs) and all(each is None for each in inputs)
+
+    @property
     def input_rule(self) -> ScaleRule:
         """How inputs are rounded: as the manifest says, or by the rule of those who write none."""
         if self.manifest is None:
