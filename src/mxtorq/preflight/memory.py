@@ -18,8 +18,8 @@ from mxtorq.reports.needs import Budget
 _DOUBLE, _FLOAT = 8, 4
 _READING = 2**22 * 12
 """Bytes of what is read and looked at together: see `loading.at_rest`."""
-_CHUNK = 2**24 * 12
-"""Bytes of errors, moves and codes of the rows that GPTQ rounds together."""
+_CHUNK = 2**24
+"""Weights that GPTQ rounds together at most, with 12 bytes of errors, moves and codes each."""
 _LATER = 300 * 10**6
 """What libraries still grow by: a compiler, compiled kernels, threads, what an allocator keeps."""
 _PANEL = 512  # rows of a Hessian that are summed up at once
@@ -223,7 +223,7 @@ def rounding(job: Job, site: SiteSizes) -> int:
     if not job.recipe.rounding.needs_hessian:
         return own
     copies = 2 * _FLOAT + (_DOUBLE if site.experts else 0)
-    return own + copies * site.width**2 + site.width**2 // 4 + _CHUNK
+    return own + copies * site.width**2 + site.width**2 // 4 + 12 * min(_CHUNK, site.stacked)
 
 
 def worst_site(job: Job, need: Callable[[SiteSizes], int]) -> int:
