@@ -30,6 +30,7 @@ LEVELS = {
     "specs": 1,
     "writing": 2,
     "interrupts": 1,
+    "machine": 1,
     "ranks": 2,
     "kernels": 2,
     "transforms": 3,

@@ -15,14 +15,14 @@ from mxtorq.config import Recipe, method_name, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.export.output import bytes_below, finished_layers, partial_folder
 from mxtorq.loading.source import Source
-from mxtorq.preflight import disk, memory, probe
-from mxtorq.preflight.job import Job, job_of
-from mxtorq.preflight.machine import (
+from mxtorq.machine import (
     free_device_memory,
     free_disk,
     free_memory,
     resident_memory,
 )
+from mxtorq.preflight import disk, memory, probe
+from mxtorq.preflight.job import Job, job_of
 from mxtorq.reports.needs import Budget, Needs, in_units
 from mxtorq.rounding.rtn import RTN
 from mxtorq.transforms.hadamard import Hadamard

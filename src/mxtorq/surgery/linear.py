@@ -12,7 +12,6 @@ changed yet: it waits in BF16.
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 from jaxtyping import Float, Float32, Float64
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.kernels.dispatch import dequantize, multiplies_packed, multiply_packed
+from mxtorq.machine import free_memory
 from mxtorq.surgery.site_input import SiteInput
 from mxtorq.transforms.base import Transform
 
@@ -187,7 +187,7 @@ def keep_weights_(model: nn.Module, limit: int | None = None) -> int:
     Returns:
         How many bytes will be kept in the dtype of the model's floating-point parameters.
     """
-    left = psutil.virtual_memory().available // 2 if limit is None else limit
+    left = free_memory() // 2 if limit is None else limit
     size = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     kept = 0
     for module in model.modules():

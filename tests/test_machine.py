@@ -6,7 +6,7 @@ import psutil
 import pytest
 import torch
 
-from mxtorq.preflight.machine import (
+from mxtorq.machine import (
     free_device_memory,
     free_disk,
     free_memory,
