@@ -42,10 +42,12 @@ LEVELS = {
     "loading": 6,
     "serving": 7,
     "reports.render": 7,
+    "reports.pages": 8,
+    "reports.html": 9,
     "config": 7,
     "doctor": 7,
     "sharing": 7,
-    "console": 8,
+    "console": 10,
     "options": 8,
     "quantization": 8,
     "beginnings": 9,
@@ -109,6 +111,8 @@ def foreign_imports(trees: dict[str, ast.Module]) -> list[str]:
         "reports": ("torch", "transformers", "numpy"),
         "reports.schema": ("torch", "transformers", "numpy", "rich"),
         "reports.render": ("torch", "transformers", "numpy"),
+        "reports.pages": ("torch", "transformers", "numpy"),
+        "reports.html": ("torch", "transformers", "numpy"),
     }
     return [
         f"{name} imports {target}"
@@ -209,6 +213,7 @@ def test_imports_stay_light() -> None:
     """``import mxtorq`` and ``--help`` load no torch, and the formats load no transformers."""
     assert "torch" not in loaded_after("import mxtorq, mxtorq.cli")
     assert "torch" not in loaded_after("import mxtorq.reports.render, mxtorq.models")
+    assert not {"torch", "matplotlib"} & loaded_after("import mxtorq.reports.html")
     assert "transformers" not in loaded_after("import mxtorq.formats.mxfp4, mxtorq.transforms")
 
 

@@ -32,10 +32,13 @@ from mxtorq.export.manifest import Manifest
 from mxtorq.export.output import all_layers, finished_layers, partial_folder
 from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reports.charts import require_charts
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
+from mxtorq.reports.html import page
 from mxtorq.reports.needs import Needs, duration, finished_of
 from mxtorq.reports.needs import table as needs_table
+from mxtorq.reports.pages import Record
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
 from mxtorq.reports.schema import LONGEST, Results
 
@@ -202,6 +205,21 @@ def require_writable(path: Path | None) -> None:
         )
 
 
+def require_report(path: Path | None, *others: Path | None) -> None:
+    """Refuse a report that could not be drawn, or would overwrite another file of this run."""
+    require_writable(path)
+    if path is None:
+        return
+    if path.resolve() in {other.resolve() for other in others if other is not None}:
+        raise UsageError(
+            asked=f"the report {path}",
+            found="another file of this command under that name",
+            why="one would overwrite the other",
+            todo="name a file of its own, such as report.html",
+        )
+    require_charts()
+
+
 def resumed(path: Path | None, resume: bool) -> Results | None:
     """The earlier record that a comparison goes on with, if any.
 
@@ -247,14 +265,26 @@ def write_record(path: Path | None, text: str) -> None:
         OUT.print(f"Record written to {escape(str(path))}")
 
 
+def write_report(path: Path | None, record: Record) -> None:
+    """Draw a record where it was asked for, whole or not at all. Raises `OutputError`."""
+    if path is not None:
+        _write(path, page(record))
+        OUT.print(f"Report written to {escape(str(path))}")
+
+
 def report_results(
-    results: Results, json_path: Path | None, title: str, markdown_path: Path | None = None
+    results: Results,
+    json_path: Path | None,
+    title: str,
+    markdown_path: Path | None = None,
+    report_path: Path | None = None,
 ) -> None:
     """Print a table of results and write the records where they were asked for."""
     wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
     wide.print(terminal(results, escape(title), width))
     write_record(json_path, results.to_json())
     write_record(markdown_path, markdown(results))
+    write_report(report_path, results)
 
 
 def signed(results: Results, done: Results | None = None) -> Results:

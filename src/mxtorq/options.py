@@ -158,6 +158,12 @@ Resume = Annotated[
 Markdown = Annotated[
     Path | None, typer.Option("--markdown", metavar="PATH", help="Also write the table there.")
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="PATH.html", help="Also write a page with charts there, in one file."
+    ),
+]
 ManifestJson = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
 ]

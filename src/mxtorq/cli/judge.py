@@ -11,6 +11,7 @@ from mxtorq.console import (
     progress_bars,
     report_results,
     report_written,
+    require_report,
     require_writable,
     resumed,
     signed,
@@ -31,6 +32,7 @@ from mxtorq.options import (
     OwnFamily,
     RecipeFiles,
     RecordJson,
+    Report,
     Resume,
     Roundings,
     Rule,
@@ -76,6 +78,7 @@ def evaluate(
     targets: MismatchTargets = None,
     device: Device = "auto",
     json_path: Json = None,
+    report: Report = None,
 ) -> None:
     """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
     with speaking("no results were written"):
@@ -85,6 +88,7 @@ def evaluate(
         plan = plan_from(given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
         others = [parse_target(name) for name in (targets or "").split(",") if name]
         require_writable(json_path)
+        require_report(report, json_path)
         with progress_bars() as progress:
             results = pipeline.evaluate(
                 model,
@@ -96,7 +100,8 @@ def evaluate(
                 targets=others,
                 progress=progress,
             )
-        report_results(signed(results), json_path, f"Perplexity of {model}")
+        title = f"Perplexity of {model}"
+        report_results(signed(results), json_path, title, report_path=report)
 
 
 @app.command(
@@ -126,6 +131,7 @@ def compare(
     json_path: RecordJson = None,
     resume: Resume = False,
     markdown: Markdown = None,
+    report: Report = None,
 ) -> None:
     """One table in one run: BF16 first, then methods x roundings x scale rules x seeds."""
     shared = given(
@@ -154,7 +160,7 @@ def compare(
             {**agreed(plans), **given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
         )
         own = parse_family(family)
-        _compare(model, recipes, plan, device, json_path, model, own, resume, markdown)
+        _compare(model, recipes, plan, device, json_path, model, own, resume, markdown, report)
 
 
 @app.command(epilog="Example:\n\n  mxtorq demo --json demo.json")
@@ -231,10 +237,12 @@ def _compare(
     family: "Family | None" = None,
     resume: bool = False,
     markdown: Path | None = None,
+    report: Path | None = None,
 ) -> None:
     from mxtorq.comparison import compare
 
     require_writable(markdown)
+    require_report(report, json_path, markdown)
     done = resumed(json_path, resume)
     with progress_bars() as progress:
         results = compare(
@@ -247,4 +255,4 @@ def _compare(
             done=done,
             save=lambda so_far: keep_record(json_path, so_far, done),
         )
-    report_results(signed(results, done), json_path, title, markdown)
+    report_results(signed(results, done), json_path, title, markdown, report)

@@ -9,10 +9,12 @@ from mxtorq.console import (
     progress_bars,
     report_needs,
     report_written,
+    require_report,
     require_writable,
     speaking,
     what_is_left,
     write_record,
+    write_report,
 )
 from mxtorq.errors import UsageError
 from mxtorq.options import (
@@ -28,6 +30,7 @@ from mxtorq.options import (
     Outliers,
     OwnFamily,
     RecipeFile,
+    Report,
     Rounding,
     Rule,
     Seed,
@@ -74,6 +77,7 @@ def quantize(
     deterministic_reduce: DeterministicReduce = False,
     dry_run: DryRun = False,
     json_path: ManifestJson = None,
+    report: Report = None,
 ) -> None:
     """Quantize MODEL to MXFP4 W4A4 and write a checkpoint that was read back and checked.
 
@@ -108,6 +112,14 @@ def quantize(
         from mxtorq.ranks import ranks_from_environment
 
         require_writable(json_path)
+        require_report(report, json_path)
+        if dry_run and report is not None:
+            raise UsageError(
+                asked="--report with --dry-run",
+                found="nothing that will be quantized",
+                why="a report shows what each site lost",
+                todo="leave one of them out; --json keeps what the run will need",
+            )
         settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
         chosen = recipe_from({**settings, **named})
         arguments: dict[str, Any] = {
@@ -138,3 +150,4 @@ def quantize(
         if ranks.leads:
             report_written(Path(out), manifest)
             write_record(json_path, manifest.to_json())
+            write_report(report, manifest)

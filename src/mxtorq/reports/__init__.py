@@ -1,4 +1,7 @@
 """Results to pages; knows no torch.
 
-Lives here: the documented, versioned record of results (`schema`) and its renderings (`render`).
+Lives here: the documented, versioned record of results (`schema`) and its renderings, as tables
+for a terminal or Markdown (`render`) and as pages. A page is data (`blocks`): `pages` makes it from
+a record, `html` and `markdown` write it, and `charts` draws on a `sheet` what it shows. To add a
+page for a further kind of record, see `pages`.
 """

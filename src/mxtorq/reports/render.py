@@ -60,7 +60,7 @@ def cells(results: Results) -> list[list[str]]:
     several seeds a figure is the mean and what stands after it the sample standard deviation.
     """
     baseline = {row.outliers: row.perplexity for row in results.rows if row.rounding is None}
-    return [_cells(group, baseline.get(group[0].outliers)) for group in _groups(results)]
+    return [_cells(group, baseline.get(group[0].outliers)) for group in groups(results)]
 
 
 def markdown(results: Results) -> str:
@@ -74,35 +74,51 @@ def markdown(results: Results) -> str:
     return "\n\n".join(pages) + "\n"
 
 
+def columns() -> list[str]:
+    """The headings over `cells`."""
+    return list(_COLUMNS)
+
+
 def site_tables(results: Results) -> list[str]:
-    """SQNR by kind of site in Markdown, and the worst site of all: where a method loses what."""
+    """`site_cells` of each part in Markdown: where a method loses what."""
     pages = []
     for title, part in parts(results):
-        groups = [group for group in _groups(part) if group[0].site_errors]
-        kinds = dict.fromkeys(
-            name.rpartition(".")[2] for group in groups for name in group[0].site_errors
-        )
-        lines = [[*_COLUMNS[:_TEXT_COLUMNS], *kinds, "worst site"]]
-        lines.append(["---"] * _TEXT_COLUMNS + ["---:"] * len(kinds) + ["---"])
-        for group in groups:
-            errors = {
-                name: _mean([r.site_errors[name] for r in group if name in r.site_errors])
-                for name in group[0].site_errors
-            }
-            worst = max(errors, key=lambda name: errors[name])
-            of_kind = [
-                [error for name, error in errors.items() if name.rpartition(".")[2] == kind]
-                for kind in kinds
-            ]
-            figures = [f"{sqnr_db(_mean(some)):.2f} dB" if some else "-" for some in of_kind]
-            shown = f"{worst} ({sqnr_db(errors[worst]):.2f} dB)"
-            lines.append([*_cells(group, None)[:_TEXT_COLUMNS], *figures, shown])
-        if groups:
+        header, *lines = site_cells(part)
+        rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(header) - _TEXT_COLUMNS - 1) + ["---"]
+        if lines:
             pages += [
                 f"**{title}: SQNR of the mean error by kind of site**",
-                _markdown_table(lines),
+                _markdown_table([header, rule, *lines]),
             ]
     return pages
+
+
+def site_cells(results: Results) -> list[list[str]]:
+    """Headings, and a line a method: SQNR by kind of site, and the worst site of all."""
+    known = [group for group in groups(results) if group[0].site_errors]
+    kinds = dict.fromkeys(
+        name.rpartition(".")[2] for group in known for name in group[0].site_errors
+    )
+    lines = [[*_COLUMNS[:_TEXT_COLUMNS], *kinds, "worst site"]]
+    for group in known:
+        errors = mean_site_errors(group)
+        worst = max(errors, key=lambda name: errors[name])
+        of_kind = [
+            [error for name, error in errors.items() if name.rpartition(".")[2] == kind]
+            for kind in kinds
+        ]
+        figures = [f"{sqnr_db(_mean(some)):.2f} dB" if some else "-" for some in of_kind]
+        shown = f"{worst} ({sqnr_db(errors[worst]):.2f} dB)"
+        lines.append([*_cells(group, None)[:_TEXT_COLUMNS], *figures, shown])
+    return lines
+
+
+def mean_site_errors(group: list[Row]) -> dict[str, float]:
+    """The error of each site, the mean over the seeds that have it."""
+    return {
+        name: _mean([row.site_errors[name] for row in group if name in row.site_errors])
+        for name in group[0].site_errors
+    }
 
 
 def _markdown_table(lines: list[list[str]]) -> str:
@@ -134,9 +150,9 @@ def terminal(results: Results, title: str, width: int | None = None) -> Table:
         if at:
             table.add_section()
             table.add_row(f"[italic]{heading.partition(':')[0]}[/italic]")
-        groups = _groups(part)
-        for index, (group, line) in enumerate(zip(groups, cells(part), strict=True)):
-            following = groups[index + 1 : index + 2]
+        lines = list(zip(groups(part), cells(part), strict=True))
+        for index, (group, line) in enumerate(lines):
+            following = [other for other, _ in lines[index + 1 : index + 2]]
             ends = bool(following) and following[0][0].outliers != group[0].outliers
             style = "bold" if group[0].rounding is None else None
             table.add_row(*(escape(line[i]) for i in shown), style=style, end_section=ends)
@@ -159,12 +175,13 @@ def _fitting(lines: list[list[str]], width: int | None) -> tuple[list[int], list
 def footnote(results: Results) -> str:
     """What a reader must know to trust or to distrust the figures."""
     notes = [
-        "scale rule: of weights, and of activations behind a / where that is another. "
         "vs BF16: of the perplexity. KL: from the BF16 model, mean of all predictions, in nats. "
         "SQNR: of the quantized linears' outputs, from the mean error of all sites. MACs: what the "
         "transforms multiply online for a token. bytes: what they store. search s: choosing the "
         "transforms; total s: with calibration and rounding. ±: standard deviation over seeds."
     ]
+    if any(row.activation_rule for row in results.rows):
+        notes.append("Scale rule: of weights/activations where there are two.")
     for row in results.rows:
         evaluation, calibration = (
             row.provenance.get(k) or {} for k in ("evaluation", "calibration")
@@ -198,11 +215,11 @@ def _seeds(results: Results) -> str:
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
-def _groups(results: Results) -> list[list[Row]]:
-    """Rows that differ in their seed only."""
+def groups(results: Results) -> list[list[Row]]:
+    """Rows that differ in their seed only: a line of the table each."""
     found: dict[object, list[Row]] = {}
     for row in results.rows:
-        key = (row.outliers, row.method, row.rounding, row.scale_rule, row.activation_rule)
+        key = (row.outliers, row.method, row.rounding, row.rules)
         found.setdefault(key, []).append(row)
     return list(found.values())
 
@@ -216,7 +233,7 @@ def _cells(group: list[Row], baseline: float | None) -> list[str]:
         row.method if len(group) == 1 else f"{row.method} ({len(group)} seeds)",
         row.outliers or "none",
         row.rounding or "-",
-        "/".join(rule for rule in (row.scale_rule, row.activation_rule) if rule) or "-",
+        row.rules or "-",
         _spread(values, ".4f") if max(values) < 1e5 else f"{_mean(values):.3e}",
         "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
         _spread([each.kl for each in group if each.kl is not None], ".4f"),

@@ -81,6 +81,11 @@ class Row:
     """``model``, ``weights_sha256``, ``baseline_dtype``, ``compute_dtype``, ``recipe``,
     ``calibration``, ``evaluation``, ``unfit``."""
 
+    @property
+    def rules(self) -> str | None:
+        """The scale rule, of weights/activations where there are two."""
+        return self.scale_rule and "/".join(filter(None, (self.scale_rule, self.activation_rule)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
