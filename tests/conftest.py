@@ -3,9 +3,14 @@
 Real models and texts that may not travel with the project are looked for in the folder that the
 environment variable MXTORQ_DATA names (default: ../shared/data beside the project); a test that
 needs one skips with that reason where it is absent.
+
+`make test` runs two files at a time (pytest-xdist), each in a process of one thread; so does
+``pytest -n 2 --dist loadfile``. Every test holds beside any other: ports, disks and caches are its
+own, and a busy machine breaks no bound on time.
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -13,10 +18,24 @@ from jaxtyping import install_import_hook
 
 install_import_hook("mxtorq", "beartype.beartype")
 
+OWN_CACHE = None
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch and numba are imported; children inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")
+    # Two processes that save a kernel of different types at the same moment can give both the same
+    # file name (numba 0.68), and one would then find the other's machine code under its types.
+    OWN_CACHE = tempfile.TemporaryDirectory(prefix="mxtorq-numba-")
+    os.environ["NUMBA_CACHE_DIR"] = OWN_CACHE.name
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 DATA = Path(os.environ.get("MXTORQ_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_unconfigure() -> None:
+    if OWN_CACHE is not None:
+        OWN_CACHE.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
-"""The command as a user runs it: in its own process, with exit codes and messages."""
+"""The command as a user runs it: exit codes, messages and files.
+
+Each verb, each exit code and whatever has to do with signals is seen in a process of its own
+(`alone`); the rest, in this one (`here`).
+"""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,35 +14,26 @@ from pathlib import Path
 
 import pytest
 
+from command import alone, here
 from mxtorq.reports.schema import Results
-
-
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mxtorq", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "COLUMNS": "200"},
-        check=False,
-    )
-
 
 SMALL = ("--calibration-tokens", 256, "--seqlen", 64)
 
 
 def test_help_shows_verbs_options_and_examples() -> None:
-    text = run("--help").stdout
+    text = alone("--help").stdout
     for verb in ("quantize", "evaluate", "compare", "inspect", "demo"):
         assert verb in text
-        assert "Example" in run(verb, "--help").stdout
+        assert "Example" in here(verb, "--help").stdout
     shared = ["--method", "--rounding", "--scale-rule", "--calibration", "--calibration-tokens"]
+    text = here("quantize", "--help").stdout
     for option in [*shared, "--seqlen", "--seed", "--outliers", "--allow-unfit"]:
-        assert option in run("quantize", "--help").stdout, option
+        assert option in text, option
     lists = ["--recipe", "--methods", "--roundings", "--scale-rules", "--seeds", "--outliers"]
     others = ["--calibration", "--calibration-tokens", "--text", "--eval-tokens", "--seqlen"]
+    text = here("compare", "--help").stdout
     for option in [*lists, *others, "--json", "--resume", "--markdown", "--allow-unfit"]:
-        assert option in run("compare", "--help").stdout, option
+        assert option in text, option
 
 
 def test_quantize_inspect_evaluate_compare(
@@ -47,18 +41,18 @@ def test_quantize_inspect_evaluate_compare(
 ) -> None:
     model, out = tiny_folders["qwen3"], tmp_path / "out"
     common = ("--calibration", story, *SMALL)
-    done = run("quantize", model, out, *common, "--method", "torq:levels=inter")
+    done = alone("quantize", model, out, *common, "--method", "torq:levels=inter")
     assert done.returncode == 0, done.stderr
     assert "bit for bit" in done.stdout
     assert done.stdout.count("torq:levels=inter") == 1
 
-    done = run("inspect", out, "--json", tmp_path / "manifest.json")
+    done = alone("inspect", out, "--json", tmp_path / "manifest.json")
     assert done.returncode == 0, done.stderr
     assert "model.layers.1.down_in" in done.stdout
     assert json.loads((tmp_path / "manifest.json").read_text())["method"] == "torq:levels=inter"
 
     record = tmp_path / "evaluation.json"
-    done = run(
+    done = alone(
         "evaluate", out, "--text", story, "--seqlen", 64, "--eval-tokens", 256, "--json", record
     )
     assert done.returncode == 0, done.stderr
@@ -66,7 +60,7 @@ def test_quantize_inspect_evaluate_compare(
     assert row.method == "torq:levels=inter"
 
     record = tmp_path / "comparison.json"
-    done = run(
+    done = here(
         "compare",
         model,
         *common,
@@ -94,7 +88,7 @@ def test_compare_from_recipes_goes_on_with_its_record(
     record, table = tmp_path / "record.json", tmp_path / "table.md"
     common = ("compare", tiny_folders["llama"], "--recipe", tmp_path / "one.toml")
     common = (*common, "--calibration", story, "--calibration-tokens", 256, "--json", record)
-    done = run(*common)
+    done = here(*common)
     assert done.returncode == 0, done.stderr
     first = Results.from_json(record.read_text())
     assert [(r.method, r.rounding, r.seed) for r in first.rows] == [
@@ -104,12 +98,12 @@ def test_compare_from_recipes_goes_on_with_its_record(
     assert first.rows[1].provenance["calibration"]["tokens"] == 256
     assert first.rows[1].provenance["evaluation"]["tokens"] == 256
 
-    done = run(*common)
+    done = here(*common)
     assert done.returncode == 1
     assert "--resume" in done.stderr
     assert Results.from_json(record.read_text()) == first  # nothing was overwritten
 
-    done = run(*common, "--resume", "--seeds", "0,1", "--scale-rules", "floor,log256")
+    done = alone(*common, "--resume", "--seeds", "0,1", "--scale-rules", "floor,log256")
     assert done.returncode == 0, done.stderr
     results = Results.from_json(record.read_text())
     assert results.rows[:2] == first.rows
@@ -120,7 +114,7 @@ def test_compare_from_recipes_goes_on_with_its_record(
     ]
     assert len(results.command.splitlines()) == 2
 
-    done = run(*common, "--resume", "--markdown", table)
+    done = here(*common, "--resume", "--markdown", table)
     assert done.returncode == 0, done.stderr
     text = table.read_text()
     assert "hadamard (2 seeds)" in text
@@ -132,12 +126,12 @@ def test_quantize_from_a_recipe(tiny_folders: dict[str, Path], story: Path, tmp_
     recipe.write_text('method = "wush"\nseed = 5\n[rounding]\nname = "gptq"\norder = "backward"\n')
     out = tmp_path / "out"
     options = ("--recipe", recipe, "--calibration", story, *SMALL, "--seed", 7)
-    done = run("quantize", tiny_folders["qwen3"], out, *options)
+    done = here("quantize", tiny_folders["qwen3"], out, *options)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((out / "mxtorq.json").read_text())
     assert (manifest["method"], manifest["rounding"]) == ("wush", "gptq:order=backward")
     assert manifest["seed"] == 7
-    assert run("inspect", out).returncode == 0
+    assert here("inspect", out).returncode == 0
 
 
 def test_a_family_of_your_own(tiny_folders: dict[str, Path], story: Path, tmp_path: Path) -> None:
@@ -147,17 +141,20 @@ def test_a_family_of_your_own(tiny_folders: dict[str, Path], story: Path, tmp_pa
     )
     model, own = tiny_folders["llama"], ("--family", "mine:MINE")
     text = ("--calibration", story, *SMALL, "--method", "hadamard")
-    done = run("quantize", model, "out", *text, *own, cwd=tmp_path)
+    plan = ("--text", story, "--seqlen", 64, "--eval-tokens", 128)
+    rows = ("--methods", "identity", "--calibration", story, "--calibration-tokens", 256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(tmp_path)  # where `python -m` looks by itself
+        done = here("quantize", model, "out", *text, *own, cwd=tmp_path)
+        assert here("compare", model, *plan, *rows, *own, cwd=tmp_path).returncode == 0
+        del sys.modules["mine"]
     assert done.returncode == 0, done.stderr
     manifest = json.loads((tmp_path / "out" / "mxtorq.json").read_text())
     assert manifest["source"]["family"] == "mine"
-    plan = ("--text", story, "--seqlen", 64, "--eval-tokens", 128)
-    done = run("evaluate", "out", *plan, cwd=tmp_path)
+    done = here("evaluate", "out", *plan, cwd=tmp_path)
     assert done.returncode == 1
     assert "--family package.module:NAME" in done.stderr
-    assert run("evaluate", "out", *plan, *own, cwd=tmp_path).returncode == 0
-    rows = ("--methods", "identity", "--calibration", story, "--calibration-tokens", 256)
-    assert run("compare", model, *plan, *rows, *own, cwd=tmp_path).returncode == 0
+    assert alone("evaluate", "out", *plan, *own, cwd=tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -191,7 +188,7 @@ def test_errors_teach_and_write_nothing(
     arguments: tuple[str, ...], message: str, tiny_folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model = str(tiny_folders["llama"])
-    done = run(*(model if a == "MODEL" else a for a in arguments), cwd=tmp_path)
+    done = here(*(model if a == "MODEL" else a for a in arguments), cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert message in done.stderr
     for part in ("asked:", "found:", "why:", "to do:"):
@@ -201,9 +198,25 @@ def test_errors_teach_and_write_nothing(
 
 
 def test_wrong_usage_is_exit_code_2() -> None:
-    assert run("quantise").returncode == 2
-    assert run("quantize").returncode == 2
-    assert run("evaluate", "reference", "--eval-tokens", "many").returncode == 2
+    assert here("quantise").returncode == 2
+    assert here("quantize").returncode == 2
+    assert here("evaluate", "reference", "--eval-tokens", "many").returncode == 2
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("quantise",), 2), (("inspect", "none"), 1)])
+def test_codes_and_messages_reach_the_shell(
+    arguments: tuple[str, ...], code: int, tmp_path: Path
+) -> None:
+    """A process of its own ends with them, and says what the function says in this one."""
+    shell, function = alone(*arguments, cwd=tmp_path), here(*arguments, cwd=tmp_path)
+    assert shell.returncode == function.returncode == code
+    assert shell.stdout == function.stdout == ""
+    said = [
+        [line for line in done.stderr.splitlines() if not line.startswith(("Usage:", "Try "))]
+        for done in (shell, function)  # those two lines name how it was called
+    ]
+    assert said[0] == said[1]
+    assert len(said[0]) >= 3
 
 
 def started(model: Path, folder: Path, *options: object) -> "subprocess.Popen[str]":
@@ -259,7 +272,7 @@ def test_an_interrupted_run_goes_on_when_it_is_asked_for_again(
     errors = interrupted(started(model, tmp_path, *options), record.exists)
     kept = "1 of 2 layers is finished"
     assert f"Interrupted: {kept} and kept in out.partial; run the same command again" in errors
-    done = run(
+    done = alone(
         *("quantize", model, "out", "--seqlen", 128, *options),
         cwd=tmp_path,
     )
@@ -274,7 +287,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(
 ) -> None:
     model = tiny_folders["llama"]
     common = ("quantize", model, "out", *SMALL, "--calibration", story, "--dry-run")
-    done = run(*common, "--rounding", "gptq", "--json", "needs.json", cwd=tmp_path)
+    done = here(*common, "--rounding", "gptq", "--json", "needs.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("memory (", "disk (", "activations", "quantized layers", "by a probe"):
         assert words in done.stderr
@@ -284,17 +297,17 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(
     assert needs["layers"] == 2
     for budget in needs["budgets"]:
         assert budget["needed"] == sum(budget["parts"].values()) <= budget["free"]
-    done = run(*common, "--activation-memory", "4XB", cwd=tmp_path)
+    done = here(*common, "--activation-memory", "4XB", cwd=tmp_path)
     assert done.returncode == 1
     assert "--activation-memory 4GB" in done.stderr
 
 
 def test_demo_shows_every_method_without_and_with_outliers(tmp_path: Path) -> None:
     record = tmp_path / "demo.json"
-    done = run(
+    done = alone(
         "demo",
         *("--methods", "hadamard,wush", "--json", record, "--out", tmp_path / "kept"),
-        *("--calibration-tokens", 2048, "--eval-tokens", 2048),
+        *("--calibration-tokens", 1024, "--eval-tokens", 1024),
     )
     assert done.returncode == 0, done.stderr
     rows = Results.from_json(record.read_text()).rows
@@ -303,4 +316,4 @@ def test_demo_shows_every_method_without_and_with_outliers(tmp_path: Path) -> No
     assert [row.outliers for row in rows] == [None] * 4 + ["qwen3-0.6b"] * 4
     assert "Not a measurement of that LLM" in " ".join(done.stdout.split())  # lines are wrapped
     assert "bit for bit" in done.stdout
-    assert run("inspect", tmp_path / "kept").returncode == 0
+    assert here("inspect", tmp_path / "kept").returncode == 0

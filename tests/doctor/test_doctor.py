@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from command import alone, here
 from mxtorq import pipeline
 from mxtorq.config import Recipe, parse_method, parse_scale
 from mxtorq.doctor import engines
@@ -285,16 +284,12 @@ def test_what_is_no_checkpoint(tiny_folders: dict[str, Path]) -> None:
 
 
 def test_exit_codes_and_the_record(sound: dict[str, Path], tmp_path: Path) -> None:
-    def verify(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mxtorq", "verify", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
-
     record = tmp_path / "diagnosis.json"
-    done = verify(str(sound["wush"]), "--json", str(record))
+    done = here("verify", sound["wush"], "--json", record)
     assert done.returncode == 0, done.stderr
     assert "Nothing is wrong" in done.stdout
     assert json.loads(record.read_text())["schema"] == "mxtorq.diagnosis"
-    refused = verify(str(sound["wush"]), "--engine", "vllm-blackwell")
+    refused = alone("verify", sound["wush"], "--engine", "vllm-blackwell")
     assert refused.returncode == SICK
     assert "needs the plugin" in refused.stdout
-    assert verify(str(tmp_path)).returncode == 1
+    assert here("verify", tmp_path).returncode == 1

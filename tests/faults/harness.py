@@ -31,6 +31,8 @@ class Ended:
     events: int = 0
     kinds: tuple[str, ...] = ()
     seconds: float = 0.0
+    work: float = 0.0
+    """Seconds of the processor, which a busy machine does not lengthen."""
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,7 @@ class Run:
     events: int = 0
     """Of an undisturbed run."""
     seconds: float = 0.0
+    work: float = 0.0
     largest: int = 0
     """Bytes of its largest file."""
 
@@ -179,7 +182,8 @@ def undisturbed(server: Server, run: Run, out: Path) -> Run:
     """The run, with what it gives when nothing happens to it."""
     ended = server.run(run, out, {"kind": "count"})
     assert ended.error is None, ended.message
-    run.digest, run.events, run.seconds = digest(out), ended.events, ended.seconds
+    run.digest, run.events = digest(out), ended.events
+    run.seconds, run.work = ended.seconds, ended.work
     run.largest = max(path.stat().st_size for path in out.iterdir())
     assert set(beside(out)) - {f"{out.name}.log"} == {out.name}
     return run
