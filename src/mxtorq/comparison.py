@@ -16,9 +16,9 @@ from mxtorq.calibration.data import Windows
 from mxtorq.config import EvaluationPlan, Recipe, method_name, rounding_name
 from mxtorq.errors import UsageError
 from mxtorq.formats.scales import is_ocp
+from mxtorq.judging import measure
 from mxtorq.loading.source import Source
 from mxtorq.models.family import Family
-from mxtorq.pipeline import measure
 from mxtorq.quantization import Progress, quantize_
 from mxtorq.reports.schema import Results, Row
 from mxtorq.specs import options_of

@@ -32,6 +32,7 @@ from mxtorq.export.manifest import Manifest
 from mxtorq.export.output import all_layers, finished_layers, partial_folder
 from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reports.accuracies import accuracy_tables
 from mxtorq.reports.charts import require_charts
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
@@ -221,7 +222,7 @@ def require_report(path: Path | None, *others: Path | None) -> None:
 
 
 def resumed(path: Path | None, resume: bool) -> Results | None:
-    """The earlier record that a comparison goes on with, if any.
+    """The earlier record that a run goes on with, if any.
 
     Raises:
         UsageError: there is one and nobody said --resume, or there is no --json to go on with.
@@ -232,7 +233,7 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
             raise UsageError(
                 asked="--resume",
                 found="no --json",
-                why="the finished rows stand in the record that --json names",
+                why="what is finished stands in the record that --json names",
                 todo="pass --json PATH",
             )
         return None
@@ -240,20 +241,20 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
         raise UsageError(
             asked=f"--json {path}",
             found="a file of that name",
-            why="its rows may have taken hours and would be overwritten",
-            todo="name another file, or go on with that record: `mxtorq compare --resume`",
+            why="its figures may have taken hours and would be overwritten",
+            todo="name another file, or go on with that record: --resume",
         )
     refuse = Refusal(
         kind=UsageError,
         asked=f"to go on with the record {path}",
-        why="it cannot be read as a record of `mxtorq compare`",
+        why="it cannot be read as a record of `mxtorq compare` or `mxtorq evaluate`",
         todo="name the file that --json wrote, or another one to start with",
     )
     return Results.from_json(read_text(path, LONGEST, refuse))
 
 
 def keep_record(path: Path | None, results: Results, done: Results | None) -> None:
-    """Write the rows that are finished so far. Raises `OutputError`."""
+    """Write what is finished so far. Raises `OutputError`."""
     if path is not None:
         _write(path, signed(results, done).to_json())
 
@@ -282,6 +283,8 @@ def report_results(
     """Print a table of results and write the records where they were asked for."""
     wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
     wide.print(terminal(results, escape(title), width))
+    for table in accuracy_tables(results):
+        wide.print(table)
     write_record(json_path, results.to_json())
     write_record(markdown_path, markdown(results))
     write_report(report_path, results)

@@ -145,6 +145,47 @@ OwnFamily = Annotated[
         "that was made with one needs it again.",
     ),
 ]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        "--tasks",
+        metavar="acc7,piqa,...",
+        help="Also the accuracy on tasks of the lm-evaluation-harness, by its names "
+        "([bold]hellaswag:shots=10[/bold] with examples), or by those of papers' averages: acc7, "
+        "acc5, acc4. Needs the extra [bold]tasks[/bold].",
+    ),
+]
+TaskFiles = Annotated[
+    Path | None,
+    typer.Option(
+        "--task-files",
+        metavar="FOLDER",
+        help="Documents of the tasks, as FOLDER/piqa.jsonl and so on, instead of the hub's.",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", help="Ask the first documents of each task alone, to try it out."),
+]
+Engine = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        metavar="torch|vllm",
+        help="Who answers the tasks; vllm reads the folder by itself. The perplexity is torch's.",
+    ),
+]
+TensorParallel = Annotated[
+    int, typer.Option("--tensor-parallel", help="Devices that vLLM divides the model among.")
+]
+BatchSize = Annotated[
+    str,
+    typer.Option(
+        "--batch-size",
+        metavar="auto|N",
+        help="Prompts of tasks at once; auto fills the memory of an accelerator.",
+    ),
+]
 Json = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the results as JSON.")
 ]
@@ -191,6 +232,24 @@ def bytes_of(option: str, text: str | None) -> int | None:
             todo=f"pass one such as {option} 4GB",
         )
     return int(Fraction(found[1]) * _UNITS[found[2].upper()])
+
+
+def whole_number(option: str, text: str) -> int | None:
+    """The number that an option says; None for ``auto``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise UsageError(
+            asked=f"{option} {text}",
+            found=f"{text!r:.100}",
+            why=f"{option} is a whole number or auto",
+            todo=f"pass one such as {option} 16, or {option} auto",
+        )
+    return int(text)
 
 
 def every_choice(lists: dict[str, str]) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The story of one run: load, capture, fit, fuse, round, write, read back.
 
     quantize    a model becomes a checkpoint that was read back and compared
-    evaluate    a model or a checkpoint gets its perplexity
+    evaluate    a model or a checkpoint gets its perplexity, and maybe its accuracy on tasks
 
 `comparison.compare` puts many recipes into one table with the same chapters.
 
@@ -18,9 +18,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from mxtorq.asking import (
+    earlier_row,
+    harness_versions,
+    questions,
+    require_asked,
+    weights_digest,
+    with_answers,
+)
 from mxtorq.beginnings import (
     calibrate,
     evaluation_data,
@@ -32,8 +39,7 @@ from mxtorq.beginnings import (
 from mxtorq.calibration.activations import StoredInput, stored_inputs
 from mxtorq.calibration.data import Windows
 from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
-from mxtorq.errors import UsageError
-from mxtorq.evaluation.perplexity import perplexity
+from mxtorq.evaluation.tasks import TaskPlan
 from mxtorq.export.carried import carried_matrices, is_carried
 from mxtorq.export.checkpoint import is_checkpoint, write_manifest
 from mxtorq.export.following import following, require_shared
@@ -41,7 +47,13 @@ from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.targets import Target
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
-from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.judging import (
+    measure,
+    require_no_outliers,
+    require_quantized,
+    under_rules,
+    with_manifest,
+)
 from mxtorq.loading.checkpoint import load_checkpoint
 from mxtorq.loading.heap import trim
 from mxtorq.loading.papers import with_card
@@ -61,10 +73,9 @@ from mxtorq.quantization import (
 )
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.reports.needs import Needs
-from mxtorq.reports.schema import Results, Row
+from mxtorq.reports.schema import Results
 from mxtorq.sharing import all_transforms
 from mxtorq.surgery.fuse import require_fit
-from mxtorq.surgery.linear import round_inputs_by_
 from mxtorq.surgery.network import network_shape
 from mxtorq.surgery.outliers import profile_called
 from mxtorq.transforms.base import OfflineRotations
@@ -175,72 +186,50 @@ def evaluate(
     family: Family | None = None,
     targets: Sequence[Target] = (),
     progress: Progress = silent,
+    tasks: TaskPlan | None = None,
+    done: Results | None = None,
+    save: Callable[[Results], None] = lambda results: None,
 ) -> Results:
     """The perplexity of a model, or of one of our checkpoints; ``family`` as in `quantize`.
 
-    For ``targets`` a checkpoint is evaluated under their scale rules of activations too, which is
-    what it costs to run it where it was not made for.
+    Args:
+        targets: engines under whose scale rules of activations a checkpoint is evaluated too, which
+            is what it costs to run it where it was not made for; a row for each other rule.
+        tasks: what else to ask it, through the lm-evaluation-harness.
+        done: a record of an earlier run of the same, which is gone on with.
+        save: gets the record after the perplexity and after each task.
 
     Raises:
         MxtorqError: with what to do.
     """
-    progress("load", 0, 1)
-    if not is_checkpoint(Path(model)):
-        if targets:
-            raise UsageError(
-                asked=f"{model} under the scale rules of {', '.join(targets)}",
-                found="a model that is not quantized",
-                why="it rounds no activations",
-                todo="pass a checkpoint of mxtorq, or leave --targets out",
-            )
-        source = load_model(model, outliers, seed, device, family)
+    require_quantized(model, targets)
+    now = {**versions(), **({} if tasks is None else harness_versions(tasks))}
+    with questions(tasks, done, progress) as asked:
+        progress("load", 0, 1)
+        if is_checkpoint(Path(model)):
+            require_no_outliers(model, outliers)
+            source, manifest = load_checkpoint(model, pick_device(device), family)
+            outliers = manifest.source["outliers"]
+        else:
+            source, manifest = load_model(model, outliers, seed, device, family), None
         progress("load", 1, 1)
-        row = measure(source, evaluation_data(source, plan), outliers, progress)
-        return Results(rows=(row,), versions=versions())
-    if outliers is not None:
-        raise UsageError(
-            asked=f"the outliers {outliers!r} in the checkpoint {model}",
-            found="quantized weights",
-            why="they cannot be rescaled exactly any more",
-            todo="pass --outliers to `quantize` instead",
-        )
-    source, manifest = load_checkpoint(model, pick_device(device), family)
-    progress("load", 1, 1)
-    windows = evaluation_data(source, plan)
-    own = ScaleRule(manifest.scale_rules["activations"])
-    rules = dict.fromkeys([own, *(target.card.activations or own for target in targets)])
-    rows = []
-    for rule in rules:
-        round_inputs_by_(source.model, rule)
-        measured = measure(source, windows, manifest.source["outliers"], progress)
-        rows.append(_row_of(manifest, rule, measured))
-    return Results(rows=tuple(rows), versions=versions())
-
-
-def _row_of(manifest: Manifest, rule: ScaleRule, measured: Row) -> Row:
-    """The row of a checkpoint whose activations are rounded by ``rule``."""
-    weights = manifest.scale_rules["weights"]
-    row = replace(
-        measured,
-        method=manifest.method,
-        options=manifest.recipe["method"],
-        rounding=manifest.rounding,
-        scale_rule=weights,
-        activation_rule=None if rule == weights else rule.value,
-        target=manifest.recipe.get("target"),
-        seed=manifest.seed,
-        site_error=manifest.mean_output_error,
-        site_errors={entry.site: entry.output_error for entry in manifest.sites},
-        multiply_adds_per_token=manifest.multiply_adds_per_token,
-        extra_bytes=manifest.extra_bytes,
-    )
-    row.provenance.update(
-        model=manifest.source["model"],
-        recipe=manifest.recipe,
-        calibration=manifest.calibration,
-        unfit=manifest.unfit,
-    )
-    return row
+        windows = evaluation_data(source, plan)
+        known: dict[str, Any] = {}
+        if tasks is not None or done is not None:
+            known["weights_sha256"] = weights_digest(source, manifest)
+            known["tasks"] = None if tasks is None else tasks.record()
+        row = earlier_row(done, {**known, "evaluation": windows.record()}, now)
+        if tasks is not None:
+            require_asked(source.tokenizer, tasks, model, manifest is None and outliers is not None)
+        if row is None:
+            row = measure(source, windows, outliers, progress)
+            row.provenance.update(known)
+            row = row if manifest is None else with_manifest(row, manifest)
+        others = under_rules(source, manifest, targets, windows, progress) if manifest else []
+        if asked is None:
+            return Results(rows=(row, *others), versions=now)
+        answered = with_answers(source, model, row, asked, now, save=save, progress=progress)
+        return replace(answered, rows=(*answered.rows, *others))
 
 
 # The chapters.
@@ -362,37 +351,4 @@ def describe(
         sites=sites,
         unfit=unfit,
         files=files,
-    )
-
-
-def measure(
-    source: Source,
-    windows: Windows,
-    outliers: str | None,
-    progress: Progress,
-    reference: torch.nn.Module | None = None,
-) -> Row:
-    """The row of a model taken as unquantized; callers say what was done to it, if anything."""
-    measured = perplexity(
-        source.model,
-        windows.ids,
-        lambda done, total: progress("evaluate", done, total),
-        reference,
-    )
-    return Row(
-        method="bf16",
-        rounding=None,
-        scale_rule=None,
-        perplexity=measured.value,
-        nll=measured.nll,
-        predictions=measured.predictions,
-        kl=measured.kl,
-        seed=None,
-        outliers=outliers,
-        provenance={
-            "model": source.name,
-            "baseline_dtype": "bfloat16",
-            "compute_dtype": str(next(source.model.parameters()).dtype).removeprefix("torch."),
-            "evaluation": windows.record(),
-        },
     )

@@ -6,7 +6,7 @@ are errors with the nearest known one. The same options stand in TOML as a table
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -98,7 +98,7 @@ def options_of(chosen: Any) -> dict[str, Any]:
 def unknown(what: str, name: str, known: Any) -> UsageError:
     """The error for a name that is not in a table, with the nearest one that is."""
     names = sorted(str(each) for each in known)  # an enum's members as well
-    near = get_close_matches(name, names, n=1, cutoff=0.4)
+    near = nearest(name, names, 1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UsageError(
         asked=f"the {what} {name!r}",
@@ -106,6 +106,11 @@ def unknown(what: str, name: str, known: Any) -> UsageError:
         why=f"no other {what} exists here",
         todo=f"{hint}name one of those",
     )
+
+
+def nearest(name: str, known: Iterable[str], most: int = 3) -> list[str]:
+    """The known names that look most like this one, best first; none where none does."""
+    return get_close_matches(name, list(known), n=most, cutoff=0.4)
 
 
 def _factory(what: str, name: str, table: Mapping[str, type[Any]], base: type[Any]) -> Any:

@@ -17,13 +17,17 @@ from mxtorq.console import (
     signed,
     speaking,
 )
+from mxtorq.errors import UsageError
 from mxtorq.options import (
     MODEL_HELP,
+    BatchSize,
     Calibration,
     CalibrationTokens,
     Device,
+    Engine,
     EvalTokens,
     Json,
+    Limit,
     Markdown,
     Methods,
     MismatchTargets,
@@ -41,10 +45,14 @@ from mxtorq.options import (
     Seeds,
     Seqlen,
     Targets,
+    TaskFiles,
+    Tasks,
+    TensorParallel,
     Text,
     Unfit,
     agreed,
     every_choice,
+    whole_number,
 )
 
 if TYPE_CHECKING:
@@ -64,6 +72,7 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     "  mxtorq evaluate my-checkpoint --text wikitext2:wiki.test.raw --seqlen 2048 --json out.json"
     "\n\n"
     "  mxtorq evaluate my-checkpoint --targets vllm-blackwell,vllm-emulation"
+    "\n\n  mxtorq evaluate my-checkpoint --tasks acc7 --json out.json --resume"
 )
 def evaluate(
     model: Annotated[
@@ -77,18 +86,44 @@ def evaluate(
     family: OwnFamily = None,
     targets: MismatchTargets = None,
     device: Device = "auto",
+    tasks: Tasks = None,
+    task_files: TaskFiles = None,
+    limit: Limit = None,
+    batch_size: BatchSize = "auto",
+    engine: Engine = "torch",
+    tensor_parallel: TensorParallel = 1,
     json_path: Json = None,
+    resume: Resume = False,
     report: Report = None,
 ) -> None:
-    """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4."""
-    with speaking("no results were written"):
+    """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4; with --tasks also accuracy."""
+    with speaking("the tasks that were finished are in the --json record, if you named one"):
         from mxtorq import pipeline
         from mxtorq.config import parse_family, parse_target, plan_from
+        from mxtorq.evaluation.tasks import TaskPlan, parse_tasks
 
         plan = plan_from(given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
         others = [parse_target(name) for name in (targets or "").split(",") if name]
+        asked = None
+        if tasks is None and (task_files, limit, batch_size) != (None, None, "auto"):
+            raise UsageError(
+                asked="--task-files, --limit or --batch-size",
+                found="no --tasks",
+                why="these say how tasks are asked, and none is",
+                todo="name tasks, as in --tasks acc7",
+            )
+        if tasks is not None:
+            asked = TaskPlan(
+                tasks=parse_tasks(tasks),
+                files=task_files,
+                limit=limit,
+                batch_size=whole_number("--batch-size", batch_size),
+                engine=engine,
+                tensor_parallel=tensor_parallel,
+            )
         require_writable(json_path)
         require_report(report, json_path)
+        done = resumed(json_path, resume) if asked is not None or resume else None
         with progress_bars() as progress:
             results = pipeline.evaluate(
                 model,
@@ -99,9 +134,12 @@ def evaluate(
                 family=parse_family(family),
                 targets=others,
                 progress=progress,
+                tasks=asked,
+                done=done,
+                save=lambda so_far: keep_record(json_path, so_far, done),
             )
         title = f"Perplexity of {model}"
-        report_results(signed(results), json_path, title, report_path=report)
+        report_results(signed(results, done), json_path, title, report_path=report)
 
 
 @app.command(

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxtorq.export.manifest import Manifest
+from mxtorq.reports.accuracies import accuracies_markdown
 from mxtorq.reports.schema import Results, Row
 
 _COLUMNS = (
@@ -70,6 +71,7 @@ def markdown(results: Results) -> str:
     for title, part in parts(results):
         pages += [f"**{title}**", _markdown_table([list(_COLUMNS), rule, *cells(part)])]
     pages += site_tables(results)
+    pages += accuracies_markdown(results)
     pages += [footnote(results).replace("\n", "\n\n"), _versions(results)]
     return "\n\n".join(pages) + "\n"
 

@@ -26,8 +26,18 @@ _PROVENANCE: dict[str, dict[str, Any]] = {
     "evaluation": {"source": str, "tokens": int, "seqlen": int},
     "calibration": {"source": str, "tokens": int, "text_sha256": str},
     "unfit": {},
+    "tasks": {"documents": str, "limit": int | None, "engine": str},
 }
 """What pages take out of a row's provenance, where it is there."""
+
+_TASK: dict[str, Any] = {
+    **dict.fromkeys(("metric", "version", "prompts_sha256"), str),
+    **dict.fromkeys(("documents", "shots", "truncated"), int),
+    "value": float,
+    "stderr": float | None,
+    "metrics": dict[str, float],
+}
+"""A task's result: see docs/results.md."""
 
 _refuse = Refusal(
     kind=UsageError,
@@ -75,6 +85,10 @@ class Row:
     """Time in which the method chose its transforms."""
     quantize_seconds: float | None = None
     """Time of the whole quantization, calibration and search included."""
+    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the model answered, by task."""
+    averages: dict[str, float] = field(default_factory=dict)
+    """Means over tasks, by the names that papers give them."""
     options: dict[str, Any] = field(default_factory=dict)
     """All options of the method, defaults too."""
     provenance: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +137,8 @@ def _require_sense(row: Row) -> None:
     errors = [*row.site_errors.values(), row.site_error or 0.0]
     if row.perplexity < 1 or any(error < 0 for error in errors):
         raise _refuse(f"perplexity {row.perplexity}, site errors from {min(errors)}")
+    for name, result in row.tasks.items():
+        require_keys(result, _TASK, _refuse, f"the task {name!r:.100}")
     for part, hints in _PROVENANCE.items():
         table = row.provenance.get(part)
         if table is not None and not conforms(table, dict[str, Any]):
