@@ -13,6 +13,7 @@ from mxtorq.config import EvaluationPlan, Recipe, parse_method, parse_rounding
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import NonOCPScale
+from mxtorq.reports.intervals import difference
 from mxtorq.reports.schema import Results
 
 SMALL = {"calibration_tokens": 512, "seqlen": 64}
@@ -61,6 +62,18 @@ def test_a_table_over_methods_roundings_rules_seeds_and_outliers(
         assert row.kl is not None
         assert row.kl > 0
         assert len(row.site_errors) == 8
+        assert list(row.layer_errors) == ["model.layers.0", "model.layers.1"]
+        assert {name: len(sums) for name, sums in row.windows.items()} == {
+            "nll": 8,
+            "kl": 8,
+            "agreement": 8,
+        }
+        assert row.agreement is not None
+        assert row.kl_p99 is not None
+        assert row.kl_p99 > row.kl
+        found = difference([row], [bases[row.outliers is not None]])
+        assert found is not None
+        assert found.mean == pytest.approx(row.nll - bases[0].nll, abs=1e-12)
         assert row.site_error == pytest.approx(sum(row.site_errors.values()) / 8, rel=1e-12)
         assert row.search_seconds is not None
         assert row.quantize_seconds is not None
@@ -182,6 +195,8 @@ def test_the_baseline_is_left_as_it_was(
     """A method that rewrites the whole model works on a copy: the next row starts from BF16."""
     model = str(tiny_folders["qwen3"])
     alone = compare(model, [recipe(story)], plan, device="cpu").rows[-1]
-    after = compare(model, [recipe(story, "quarot"), recipe(story)], plan, device="cpu").rows[-1]
+    rows = compare(model, [recipe(story, "quarot"), recipe(story)], plan, device="cpu").rows
+    after = rows[-1]
+    assert (rows[1].layer_errors, len(after.layer_errors)) == ({}, 2)  # other coordinates
     assert after.perplexity == alone.perplexity
     assert torch.tensor(after.kl).item() == torch.tensor(alone.kl).item()

@@ -32,11 +32,13 @@ from mxtorq.export.manifest import Manifest
 from mxtorq.export.output import all_layers, finished_layers, partial_folder
 from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
+from mxtorq.reports import imbalance
 from mxtorq.reports.accuracies import accuracy_tables
 from mxtorq.reports.charts import require_charts
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
 from mxtorq.reports.html import page
+from mxtorq.reports.inspection import Inspection
 from mxtorq.reports.needs import Needs, duration, finished_of
 from mxtorq.reports.needs import table as needs_table
 from mxtorq.reports.pages import Record
@@ -288,6 +290,16 @@ def report_results(
     write_record(json_path, results.to_json())
     write_record(markdown_path, markdown(results))
     write_report(report_path, results)
+
+
+def report_inspection(inspection: Inspection, json_path: Path | None, page: Path | None) -> None:
+    """Print what was measured of a model and write the records where they were asked for."""
+    whole = replace(inspection, command=shlex.join(["mxtorq", *sys.argv[1:]]))
+    wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
+    for table in imbalance.terminal(whole, width):
+        wide.print(table)
+    write_record(json_path, whole.to_json())
+    write_record(page, imbalance.markdown(whole))
 
 
 def signed(results: Results, done: Results | None = None) -> Results:

@@ -12,6 +12,7 @@ import torch
 
 from mxtorq.calibration.data import Windows
 from mxtorq.errors import UsageError
+from mxtorq.evaluation.fidelity import same_stream
 from mxtorq.evaluation.perplexity import perplexity
 from mxtorq.export.checkpoint import is_checkpoint
 from mxtorq.export.manifest import Manifest
@@ -31,11 +32,14 @@ def measure(
     reference: torch.nn.Module | None = None,
 ) -> Row:
     """The row of a model taken as unquantized; callers say what was done to it, if anything."""
+    family = source.family
+    follows = reference is not None and same_stream(source.model, reference, family.embedding)
     measured = perplexity(
         source.model,
         windows.ids,
         lambda done, total: progress("evaluate", done, total),
         reference,
+        family.layers if follows else None,
     )
     return Row(
         method="bf16",
@@ -45,6 +49,10 @@ def measure(
         nll=measured.nll,
         predictions=measured.predictions,
         kl=measured.kl,
+        kl_p99=measured.kl_p99,
+        agreement=measured.agreement,
+        layer_errors=measured.layer_errors,
+        windows=measured.windows,
         seed=None,
         outliers=outliers,
         provenance={

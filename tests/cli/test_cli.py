@@ -181,7 +181,6 @@ def test_a_family_of_your_own(tiny_folders: dict[str, Path], story: Path, tmp_pa
         (("quantize", "MODEL", "MODEL"), "nothing is overwritten"),
         (("evaluate", "MODEL", "--json", "no/such/folder/x.json"), "existing folder"),
         (("evaluate", "MODEL", "--outliers", "x"), "qwen3-0.6b"),
-        (("inspect", "MODEL"), "mxtorq.json"),
     ],
 )
 def test_errors_teach_and_write_nothing(

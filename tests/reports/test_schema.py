@@ -88,12 +88,28 @@ def edited(**changes: object) -> str:
         ({"provenance": {"evaluation": 5}}, "evaluation = 5"),
         ({"provenance": {"evaluation": {"source": "t"}}}, "evaluation without tokens"),
         ({"options": []}, "options is of type dict"),
+        ({"agreement": 1.5}, "an agreement of 1.5"),
+        ({"layer_errors": {"a": -0.5}}, "errors from -0.5"),
+        ({"windows": {"nll": [9.0, "1"]}}, "windows is of type"),
+        ({"windows": {"kl": [2.25]}}, "windows of"),
+        ({"windows": {"nll": [4.5, 4.5]}}, "9 predictions in 2 windows"),
+        ({"windows": {"nll": [3.0, 3.0, 3.0], "kl": [2.25]}}, "windows of"),
+        ({"windows": {"nll": [9.0]}, "predictions": 0}, "0 predictions in 1 windows"),
+        ({"windows": {"nll": [3.0, 3.0, 3.5]}}, "nll 1.0, and windows with a mean of 1.05"),
+        ({"windows": {"nll": [9.0], "agreement": [9.0]}}, "agreement None"),
         ({"seed": 2**63}, "seed is of type"),
     ],
 )
 def test_values_of_a_record_have_their_types(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Results.from_json(edited(**changes))
+
+
+def test_figures_of_windows_go_there_and_back() -> None:
+    sums = {"nll": [2.0, 3.0, 4.0], "kl": [0.25, 1.0, 1.0], "agreement": [3, 2, 1]}
+    more = {"agreement": 6 / 9, "kl_p99": 1.5, "windows": sums, "layer_errors": {"m.0": 0.5}}
+    read = Results.from_json(edited(**more)).rows[1]
+    assert (read.windows, read.kl_p99, read.layer_errors) == (sums, 1.5, {"m.0": 0.5})
 
 
 def test_a_record_may_have_further_fields_and_no_points() -> None:
@@ -118,7 +134,8 @@ def test_ratios_are_to_the_baseline_with_the_same_outliers() -> None:
     assert table[0][5] == "-"
     assert table[1][5] == "+25.00 %"
     assert table[3][5] == "+25.00 %"
-    assert table[1][6:] == ["0.2500", "20.00 dB", "1,234", "5,678", "0.5", "1.5"]
+    assert table[1][6:8] == ["-", "-"]  # there are no windows to tell from
+    assert table[1][8:] == ["0.2500", "20.00 dB", "1,234", "5,678", "0.5", "1.5"]
 
 
 def test_seeds_become_one_line_with_their_spread() -> None:

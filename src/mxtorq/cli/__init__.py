@@ -13,7 +13,7 @@ import warnings
 from typing import Any
 
 # isort: off
-from mxtorq.cli import quantize, judge, checkpoints, report, export  # noqa: F401  (in the order of --help)
+from mxtorq.cli import quantize, judge, inspect, checkpoints, report, export  # noqa: F401  (in the order of --help)
 
 # isort: on
 from mxtorq.cli.app import app

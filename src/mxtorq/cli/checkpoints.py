@@ -1,4 +1,4 @@
-"""The verbs that look at checkpoints: inspect, verify."""
+"""The verb that judges checkpoints: verify."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -7,7 +7,6 @@ import typer
 
 from mxtorq.console import (
     progress_bars,
-    report_contents,
     report_diagnosis,
     require_writable,
     speaking,
@@ -17,7 +16,6 @@ from mxtorq.options import (
     MODEL_HELP,
     EvalTokens,
     Json,
-    ManifestJson,
     OwnFamily,
     Text,
 )
@@ -26,21 +24,6 @@ if TYPE_CHECKING:
     pass
 
 from mxtorq.cli.app import app
-
-
-@app.command(epilog="Example:\n\n  mxtorq inspect my-checkpoint --json what.json")
-def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A folder that quantize wrote.")],
-    json_path: ManifestJson = None,
-) -> None:
-    """What a checkpoint is: method, rules, calibration, files (checked), every site's error."""
-    with speaking("no results were written"):
-        from mxtorq.export.checkpoint import read_manifest
-
-        require_writable(json_path)
-        manifest = read_manifest(checkpoint)
-        report_contents(checkpoint, manifest)
-        write_record(json_path, manifest.to_json())
 
 
 @app.command(

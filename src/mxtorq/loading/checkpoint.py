@@ -19,6 +19,7 @@ from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.loading.families import family_again
+from mxtorq.loading.heap import trim
 from mxtorq.loading.skeleton import empty_, empty_model, fill_, stored_names
 from mxtorq.loading.source import Source, pick_device, place
 from mxtorq.models.family import Family
@@ -100,6 +101,7 @@ def restored_layers(
         restore_layer_(model, contents, name, family, index)
         yield place(layer, device)
         empty_(layer)
+        trim()
 
 
 def restore_layer_(

@@ -172,6 +172,8 @@ def _as_float(value: Any, hint: Any) -> Any:
     kinds = get_args(hint)
     if get_origin(hint) is dict and isinstance(value, dict):
         return {key: _as_float(each, kinds[1]) for key, each in value.items()}
+    if get_origin(hint) is list and isinstance(value, list):
+        return [_as_float(each, kinds[0]) for each in value]
     wanted = float in (hint, *(kinds if get_origin(hint) is UnionType else ()))
     return float(value) if wanted and isinstance(value, int) else value
 

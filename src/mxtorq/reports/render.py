@@ -12,6 +12,13 @@ from rich.table import Table
 
 from mxtorq.export.manifest import Manifest
 from mxtorq.reports.accuracies import accuracies_markdown
+from mxtorq.reports.fidelity import (
+    FIDELITY_COLUMNS,
+    NOTE,
+    fidelity_table,
+    interval_cell,
+    marks,
+)
 from mxtorq.reports.schema import Results, Row
 
 _COLUMNS = (
@@ -21,6 +28,8 @@ _COLUMNS = (
     "scale rule",
     "perplexity",
     "vs BF16",
+    "95 %",
+    "vs best",
     "KL",
     "SQNR",
     "MACs",
@@ -29,7 +38,7 @@ _COLUMNS = (
     "total s",
 )
 _TEXT_COLUMNS = 4
-_GIVEN_UP_FIRST = ("search s", "bytes", "total s", "MACs", "SQNR", "KL")
+_GIVEN_UP_FIRST = ("search s", "bytes", "total s", "MACs", "SQNR", "KL", "95 %", "vs best")
 _PARTS = {
     True: "OCP MXFP4",
     False: "Not OCP: scales that no hardware has, shown to explain published numbers",
@@ -60,8 +69,12 @@ def cells(results: Results) -> list[list[str]]:
     "vs BF16" is the perplexity over that of the baseline with the same outliers, minus one. With
     several seeds a figure is the mean and what stands after it the sample standard deviation.
     """
-    baseline = {row.outliers: row.perplexity for row in results.rows if row.rounding is None}
-    return [_cells(group, baseline.get(group[0].outliers)) for group in groups(results)]
+    baseline = {row.outliers: row for row in results.rows if row.rounding is None}
+    lines = groups(results)
+    return [
+        _cells(group, baseline.get(group[0].outliers), word)
+        for group, word in zip(lines, marks(lines), strict=True)
+    ]
 
 
 def markdown(results: Results) -> str:
@@ -70,6 +83,7 @@ def markdown(results: Results) -> str:
     pages = ["\n".join(f"    {line}" for line in results.command.splitlines())]
     for title, part in parts(results):
         pages += [f"**{title}**", _markdown_table([list(_COLUMNS), rule, *cells(part)])]
+    pages += fidelity_tables(results)
     pages += site_tables(results)
     pages += accuracies_markdown(results)
     pages += [footnote(results).replace("\n", "\n\n"), _versions(results)]
@@ -79,6 +93,20 @@ def markdown(results: Results) -> str:
 def columns() -> list[str]:
     """The headings over `cells`."""
     return list(_COLUMNS)
+
+
+def fidelity_tables(results: Results) -> list[str]:
+    """How far predictions and hidden states are from the baseline's, in Markdown."""
+    pages = []
+    for title, part in parts(results):
+        found = groups(part)
+        heads = [_cells(group, None)[:_TEXT_COLUMNS] for group in found]
+        rule = ["---"] * _TEXT_COLUMNS + ["---:"] * len(FIDELITY_COLUMNS)
+        lines = fidelity_table(found, heads)
+        if lines:
+            table = [[*_COLUMNS[:_TEXT_COLUMNS], *FIDELITY_COLUMNS], rule, *lines]
+            pages += [f"**{title}: fidelity to BF16**", _markdown_table(table)]
+    return pages
 
 
 def site_tables(results: Results) -> list[str]:
@@ -184,6 +212,8 @@ def footnote(results: Results) -> str:
     ]
     if any(row.activation_rule for row in results.rows):
         notes.append("Scale rule: of weights/activations where there are two.")
+    if any(row.windows and row.rounding is not None for row in results.rows):
+        notes.append(NOTE)
     for row in results.rows:
         evaluation, calibration = (
             row.provenance.get(k) or {} for k in ("evaluation", "calibration")
@@ -226,10 +256,12 @@ def groups(results: Results) -> list[list[Row]]:
     return list(found.values())
 
 
-def _cells(group: list[Row], baseline: float | None) -> list[str]:
+def _cells(group: list[Row], baseline: Row | None, word: str = "-") -> list[str]:
     row = group[0]
     values = [each.perplexity for each in group]
-    losses = [] if baseline is None else [100 * (value / baseline - 1) for value in values]
+    losses = (
+        [] if baseline is None else [100 * (value / baseline.perplexity - 1) for value in values]
+    )
     errors = [each.site_error for each in group if each.site_error]
     return [
         row.method if len(group) == 1 else f"{row.method} ({len(group)} seeds)",
@@ -238,6 +270,8 @@ def _cells(group: list[Row], baseline: float | None) -> list[str]:
         row.rules or "-",
         _spread(values, ".4f") if max(values) < 1e5 else f"{_mean(values):.3e}",
         "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
+        interval_cell(group, baseline),
+        word,
         _spread([each.kl for each in group if each.kl is not None], ".4f"),
         _spread([sqnr_db(error) for error in errors], ".2f", " dB"),
         "-" if row.multiply_adds_per_token is None else f"{row.multiply_adds_per_token:,}",

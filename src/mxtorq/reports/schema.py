@@ -5,6 +5,7 @@ that changes its meaning, or goes, does.
 """
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -20,7 +21,7 @@ from mxtorq.reading.documents import (
 SCHEMA = "mxtorq.results"
 VERSION = 1
 LONGEST = 64 * 2**20
-"""Bytes: of some ten thousand rows."""
+"""Bytes: of some thousand rows of a thousand windows each."""
 
 _PROVENANCE: dict[str, dict[str, Any]] = {
     "evaluation": {"source": str, "tokens": int, "seqlen": int},
@@ -73,6 +74,16 @@ class Row:
     """The engine that it was quantized for; None for the baseline and in older records."""
     kl: float | None = None
     """Mean over predictions of KL(baseline || this model), in nats."""
+    kl_p99: float | None = None
+    """The 99th percentile of that divergence over the predictions: a value that occurs."""
+    agreement: float | None = None
+    """Share of predictions whose likeliest token is the baseline's."""
+    windows: dict[str, list[float]] = field(default_factory=dict)
+    """By window of the text, in its order, the sums over its predictions of ``nll``, ``kl`` and
+    ``agreement``: what `intervals` compares rows by. The last two only beside a baseline."""
+    layer_errors: dict[str, float] = field(default_factory=dict)
+    """Relative squared error of the residual stream behind each decoder layer, on the evaluation
+    text. Empty where the stream was rotated and has other coordinates than the baseline's."""
     site_error: float | None = None
     """Mean over sites of the relative squared output error on calibration tokens."""
     site_errors: dict[str, float] = field(default_factory=dict)
@@ -134,14 +145,33 @@ class Results:
 
 
 def _require_sense(row: Row) -> None:
-    errors = [*row.site_errors.values(), row.site_error or 0.0]
+    errors = [*row.site_errors.values(), *row.layer_errors.values(), row.site_error or 0.0]
     if row.perplexity < 1 or any(error < 0 for error in errors):
         raise _refuse(f"perplexity {row.perplexity}, site errors from {min(errors)}")
     for name, result in row.tasks.items():
         require_keys(result, _TASK, _refuse, f"the task {name!r:.100}")
+    if row.agreement is not None and not 0 <= row.agreement <= 1:
+        raise _refuse(f"an agreement of {row.agreement}, which is a share")
+    _require_windows(row)
     for part, hints in _PROVENANCE.items():
         table = row.provenance.get(part)
         if table is not None and not conforms(table, dict[str, Any]):
             raise _refuse(f"{part} = {table!r:.200}")
         if table:
             require_keys(table, hints, _refuse, part)
+
+
+def _require_windows(row: Row) -> None:
+    """Sums by window are those of one text, and come to the figures of the row."""
+    if not row.windows:
+        return
+    count = len(row.windows.get("nll", ()))
+    lengths = {name: len(sums) for name, sums in row.windows.items()}
+    if set(lengths) - {"nll", "kl", "agreement"} or set(lengths.values()) != {count} or not count:
+        raise _refuse(f"windows of {lengths}")
+    if row.predictions < 1 or row.predictions % count:
+        raise _refuse(f"{row.predictions} predictions in {count} windows")
+    for name, sums in row.windows.items():
+        mean, whole = sum(sums) / row.predictions, getattr(row, name)
+        if whole is None or not math.isclose(mean, whole, rel_tol=1e-9, abs_tol=1e-12):
+            raise _refuse(f"{name} {whole}, and windows with a mean of {mean}")
