@@ -292,7 +292,9 @@ def report_results(
     write_report(report_path, results)
 
 
-def report_inspection(inspection: Inspection, json_path: Path | None, page: Path | None) -> None:
+def report_inspection(
+    inspection: Inspection, json_path: Path | None, page: Path | None, report_path: Path | None
+) -> None:
     """Print what was measured of a model and write the records where they were asked for."""
     whole = replace(inspection, command=shlex.join(["mxtorq", *sys.argv[1:]]))
     wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
@@ -300,6 +302,7 @@ def report_inspection(inspection: Inspection, json_path: Path | None, page: Path
         wide.print(table)
     write_record(json_path, whole.to_json())
     write_record(page, imbalance.markdown(whole))
+    write_report(report_path, whole)
 
 
 def signed(results: Results, done: Results | None = None) -> Results:

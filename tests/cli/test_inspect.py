@@ -36,9 +36,11 @@ def test_a_model_is_measured_and_recorded(
         *("--calibration", story, "--calibration-tokens", 256, "--seqlen", 64),
         *("--methods", "hadamard", "--sites", "down_in", "--sensitivity"),
         *("--text", story, "--eval-tokens", 128, "--json", record, "--markdown", page),
+        *("--report", tmp_path / "i.html"),
     )
     assert code == 0, text
     found = Inspection.from_json(record.read_text())
+    assert (tmp_path / "i.html").read_text().startswith("<!doctype html>")
     assert found.methods == ["identity", "hadamard"]
     assert len(found.harm) == 4
     assert found.command.startswith("mxtorq ")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from browser import Tab, chromium, tab
+from inspections import INSPECTION
 from mxtorq.reports.html import page
 from mxtorq.reports.pages import read_record
 
@@ -68,6 +69,20 @@ def test_a_report_opens_without_a_complaint_and_fits(
         "getComputedStyle(document.body).backgroundColor.match(/[0-9]+/g).map(Number)[0] > 127"
     )
     assert light is not dark
+
+
+def test_an_inspection_opens_without_a_complaint_and_fits(browser: Tab, tmp_path: Path) -> None:
+    path = tmp_path / "inspection.html"
+    path.write_text(page(INSPECTION), encoding="utf-8")
+    for width in (1280, 400):
+        browser.complaints.clear()
+        browser.open(path, width)
+        assert browser.complaints == []
+        assert browser.value("document.documentElement.scrollWidth") == width
+        charts: list[dict[str, Any]] = browser.value(CHARTS)
+        assert len(charts) == 5
+        assert all(chart["width"] > 250 and chart["height"] > 50 for chart in charts)
+        assert all(chart["outside"] == 0 for chart in charts)
 
 
 def test_words_of_charts_can_be_read_in_both_modes(browser: Tab, report: Path) -> None:

@@ -8,70 +8,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from inspections import INSPECTION, picture, site
 from mxtorq.errors import UsageError
+from mxtorq.reports.blocks import Bars, Charts, Fold, Grid, Heat
 from mxtorq.reports.imbalance import bars, markdown, sheets, terminal
-from mxtorq.reports.inspection import (
-    Channel,
-    Harm,
-    Inspection,
-    Pair,
-    Picture,
-    SiteRecord,
-    Token,
-)
-
-
-def picture(loud: float = 1.0, zeros: int = 2, error: float = 0.01) -> Picture:
-    """Two rows of 64 features."""
-    rest = 128 - zeros
-    return Picture(
-        rows=2,
-        block_variances=[1.0, loud],
-        position_variances=[1.0] * 32,
-        code_counts=[zeros, rest - 7 * (rest // 8), *[rest // 8] * 6, 0, rest // 8, *[0] * 6],
-        cut=3,
-        scale_exponents={"-2": 3, "1": 1},
-        relative_error=error,
-        worst_channels=[Channel(index=5, share=0.25)],
-    )
-
-
-def site(name: str, loud: float) -> SiteRecord:
-    return SiteRecord(
-        site=f"m.{name}.qkv_in",
-        kind="qkv_in",
-        width=64,
-        linears=["m.q", "m.k"],
-        massive_tokens=[Token(window=0, position=3, text="[b]|", ratio=7.5)],
-        methods={
-            "identity": Pair(inputs=picture(loud, zeros=40), weights=picture(), output_error=0.001),
-            "torq": Pair(
-                inputs=picture(1.0, zeros=16, error=0.001), weights=picture(2.0), output_error=0.01
-            ),
-        },
-    )
-
-
-INSPECTION = Inspection(
-    model="[x]",
-    family="llama",
-    methods=["identity", "torq"],
-    scale_rule="floor",
-    seed=0,
-    outliers=None,
-    calibration={"source": "c", "tokens": 1234},
-    sites=[site("0", 3.0), site("1", 7.0)],
-    residual_tokens={"m.0": [Token(window=1, position=2, text="a", ratio=1.5)], "m.1": []},
-    harm=[
-        Harm(site="m.1.qkv_in", method="torq", kl=0.5, agreement=0.5),
-        Harm(site="m.0.qkv_in", method="identity", kl=0.25, agreement=0.5),
-        Harm(site="m.1.qkv_in", method="identity", kl=0.125, agreement=0.5),
-        Harm(site="m.0.qkv_in", method="torq", kl=0.0625, agreement=0.5),
-    ],
-    evaluation={"source": "e", "tokens": 99},
-    versions={"mxtorq": "0"},
-    command="mxtorq inspect x",
-)
+from mxtorq.reports.inspection import Inspection
+from mxtorq.reports.pages import markdown_of, page_of, read_record
 
 
 def test_there_and_back() -> None:
@@ -205,3 +147,53 @@ def test_bars() -> None:
     assert bars([1e-9, 1.0]) == "▁█"
     assert len(bars(list(range(100)))) == 24
     assert bars([1, 1, 1, 8], most=2) == "▂█"
+
+
+def test_the_page_has_the_figures_of_the_record_and_pictures_of_the_worst_sites() -> None:
+    assert read_record(INSPECTION.to_json(), "it") == INSPECTION
+    assert markdown_of(INSPECTION) == markdown(INSPECTION)
+    page = page_of(INSPECTION)
+    blocks = [block for section in page.sections for block in section.blocks]
+    tables = [block for block in blocks if isinstance(block, Grid)]
+    assert [table.title for table in tables] == [sheet.title for sheet in sheets(INSPECTION, None)]
+    folded = [block.title for block in blocks if isinstance(block, Fold)]
+    assert folded == ["Every site: inputs", "Every site: weights"]
+    loud, codes, scales, errors = [block.charts for block in blocks if isinstance(block, Charts)]
+    assert [chart.title for chart in loud] == ["m.1.qkv_in"]  # the more uneven one
+    bars_of = loud[0].drawing
+    assert isinstance(bars_of, Bars)
+    assert bars_of.panels == (
+        ("identity", (("0", 0.25), ("1", 1.75))),
+        ("torq", (("0", 1.0), ("1", 1.0))),
+    )
+    for chart in (*codes, *scales):
+        assert isinstance(chart.drawing, Bars)
+        for _, values in chart.drawing.panels:
+            assert sum(value for _, value in values) == pytest.approx(1)
+    exponents = [name for name, _ in scales[0].drawing.panels[0][1]]  # type: ignore[union-attr]
+    assert exponents == ["-2", "-1", "0", "1"]
+    heat = errors[0].drawing
+    assert isinstance(heat, Heat)
+    assert heat.kinds == ("qkv_in",)
+    assert heat.layers == ("0", "1")
+    assert [decibels for _, method, decibels in heat.lines if method == "torq"] == [((30.0, 30.0),)]
+
+
+def test_many_blocks_are_shown_by_the_loudest_of_neighbours() -> None:
+    wide = replace(
+        picture(),
+        rows=1,
+        block_variances=[1.0] * 447 + [9.0],
+        code_counts=[448 * 32, *[0] * 15],
+        scale_exponents={"0": 448},
+    )
+    one = site("0", 3.0)
+    methods = {"identity": replace(one.methods["identity"], inputs=wide)}
+    one = replace(one, width=448 * 32, methods=methods)
+    page = page_of(replace(INSPECTION, methods=["identity"], sites=[one], harm=[]))
+    (chart,) = page.sections[0].blocks[0].charts  # type: ignore[union-attr]
+    ((_, values),) = chart.drawing.panels  # type: ignore[union-attr]
+    assert len(values) == 64
+    mean = (447 + 9) / 448
+    assert values[-1] == ("441", pytest.approx(9 / mean))
+    assert values[0] == ("0", pytest.approx(1 / mean))

@@ -10,9 +10,11 @@ from mxtorq.console import (
     progress_bars,
     report_contents,
     report_inspection,
+    require_report,
     require_writable,
     speaking,
     write_record,
+    write_report,
 )
 from mxtorq.errors import UsageError
 from mxtorq.options import (
@@ -23,6 +25,7 @@ from mxtorq.options import (
     Markdown,
     Outliers,
     OwnFamily,
+    Report,
     Rule,
     Seed,
     Seqlen,
@@ -39,7 +42,7 @@ HARM_TOKENS = 4096
     epilog="Examples:\n\n"
     "  mxtorq inspect my-checkpoint --json what.json\n\n"
     "  mxtorq inspect reference --methods torq,duquant++ --outliers qwen3-0.6b\n\n"
-    "  mxtorq inspect ./llama --sites down_in --sensitivity --markdown page.md"
+    "  mxtorq inspect ./llama --sites down_in --sensitivity --report page.html"
 )
 def inspect(
     model: Annotated[str, typer.Argument(help=f"A checkpoint of mxtorq, or a model: {MODEL_HELP}")],
@@ -87,6 +90,7 @@ def inspect(
     device: Device = "auto",
     json_path: Json = None,
     markdown: Markdown = None,
+    report: Report = None,
 ) -> None:
     """What a checkpoint is; or how evenly a model fills MXFP4, before and after each transform.
 
@@ -99,6 +103,7 @@ def inspect(
 
         require_writable(json_path)
         require_writable(markdown)
+        require_report(report, json_path, markdown)
         shared = given(
             scale_rule=scale_rule,
             calibration=calibration,
@@ -116,6 +121,7 @@ def inspect(
             manifest = read_manifest(Path(model))
             report_contents(Path(model), manifest)
             write_record(json_path, manifest.to_json())
+            write_report(report, manifest)
             return
         from mxtorq.config import parse_family, plan_from, recipe_from
         from mxtorq.inspection.examination import inspect as examine
@@ -142,7 +148,7 @@ def inspect(
                 family=parse_family(family),
                 progress=progress,
             )
-        report_inspection(inspection, json_path, markdown)
+        report_inspection(inspection, json_path, markdown, report)
 
 
 def refuse_measuring(checkpoint: str, options: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def report(
         Path,
         typer.Argument(
             metavar="RECORD",
-            help="What --json of compare, evaluate or quantize wrote, or a checkpoint of mxtorq.",
+            help="What --json of compare, evaluate, inspect or quantize wrote, or a checkpoint.",
         ),
     ],
     report: Report = None,

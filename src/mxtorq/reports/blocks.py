@@ -85,10 +85,10 @@ class Scatter:
 
 @dataclass(frozen=True, kw_only=True)
 class Bars:
-    """Bars from zero, layer by layer, a panel a kind of site; one scale for all panels."""
+    """Bars from zero, such as layer by layer, a panel a kind of site; one scale for all panels."""
 
     panels: tuple[tuple[str, tuple[tuple[str, float], ...]], ...]
-    """Title, and (layer, value) of each bar."""
+    """Title, and (what it is of, value) of each bar."""
     x_axis: str
     y_axis: str
 

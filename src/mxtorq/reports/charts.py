@@ -228,7 +228,7 @@ def _bars(drawing: Bars) -> Sheet:
         axes = sheet.axes(52, top, WIDTH - 58, tall)
         last = at == len(drawing.panels) - 1
         for x, (layer, value) in enumerate(bars):
-            told = f"layer {layer}: {value:.3e}"
+            told = f"{drawing.x_axis} {layer}: {value:.3g}"
             if not math.isfinite(value):
                 axes.text(x, 0, f"{value}", rotation=90, ha="center", va="bottom", size=SMALL)
                 continue

@@ -50,7 +50,7 @@ def terminal(inspection: Inspection, width: int | None = None) -> list[Table]:
 def markdown(inspection: Inspection) -> str:
     """All tables in Markdown, each site for itself too, with the command behind them."""
     pages = ["\n".join(f"    {line}" for line in inspection.command.splitlines())]
-    for sheet in (*sheets(inspection, None), *_every_site(inspection)):
+    for sheet in (*sheets(inspection, None), *every_site(inspection)):
         sides = ["---"] * sheet.texts + ["---:"] * (len(sheet.columns) - sheet.texts)
         table = [list(sheet.columns), sides, *sheet.lines]
         escaped = [[cell.replace("|", "\\|") for cell in line] for line in table]
@@ -281,7 +281,8 @@ def _harm(inspection: Inspection, most: int | None) -> Sheet:
     )
 
 
-def _every_site(inspection: Inspection) -> Iterator[Sheet]:
+def every_site(inspection: Inspection) -> Iterator[Sheet]:
+    """All figures of inputs, and of weights, without any mean over sites."""
     parts: tuple[tuple[str, Part], ...] = (
         ("inputs", lambda pair: pair.inputs),
         ("weights", lambda pair: pair.weights),

@@ -16,15 +16,19 @@ from mxtorq.errors import UsageError
 from mxtorq.export.manifest import SCHEMA as MANIFEST
 from mxtorq.export.manifest import Manifest
 from mxtorq.reading.documents import Refusal, parse_object
+from mxtorq.reports import imbalance
 from mxtorq.reports import markdown as plain
 from mxtorq.reports.blocks import Page
+from mxtorq.reports.inspection import SCHEMA as INSPECTION
+from mxtorq.reports.inspection import Inspection
 from mxtorq.reports.pages.checkpoint import checkpoint_page
 from mxtorq.reports.pages.comparison import results_page
+from mxtorq.reports.pages.inspection import inspection_page
 from mxtorq.reports.render import markdown as results_markdown
 from mxtorq.reports.schema import SCHEMA as RESULTS
 from mxtorq.reports.schema import Results
 
-Record = Results | Manifest
+Record = Results | Manifest | Inspection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,12 @@ _KINDS = {
         markdown=results_markdown,
     ),
     MANIFEST: _Kind(record=Manifest, read=Manifest.from_json, page=checkpoint_page),
+    INSPECTION: _Kind(
+        record=Inspection,
+        read=lambda text, where: Inspection.from_json(text),
+        page=inspection_page,
+        markdown=imbalance.markdown,
+    ),
 }
 
 
@@ -59,7 +69,8 @@ def read_record(text: str, where: str) -> Record:
         kind=UsageError,
         asked=f"a report of {where}",
         why=f"a report is drawn from a record: {' or '.join(_KINDS)}",
-        todo="name a file that --json of compare, evaluate or quantize wrote, or a checkpoint",
+        todo="name a file that --json of compare, evaluate, inspect or quantize wrote, or a "
+        "checkpoint",
     )
     schema = parse_object(text, refuse).get("schema")
     if not isinstance(schema, str) or schema not in _KINDS:
