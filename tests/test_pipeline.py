@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -152,6 +154,40 @@ def test_the_checkpoint_evaluates_as_the_model_in_the_comparison(
     assert evaluated.rows[0].method == row.method
     assert evaluated.rows[0].site_error == pytest.approx(row.site_error, rel=1e-12)
     assert row.perplexity != baseline.perplexity
+
+
+FRESH = """
+import sys
+import mxtorq
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+found = {}
+for folder in sys.argv[2:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found[folder] = model(input_ids=torch.arange(40)[None] % 256).logits
+save_file(found, sys.argv[1])
+"""
+
+
+def test_transformers_runs_each_of_them_in_a_fresh_process(
+    written: dict[tuple[str, str], Path], tmp_path: Path
+) -> None:
+    """The logits of `mxtorq.load`, to the bit: the same kernels, the same order of sums. (Those
+    without transforms are compressed-tensors', which computes in BF16: see below.)"""
+    folders = [str(f) for f in written.values() if not (f / "model.safetensors").exists()]
+    assert {Path(f).name.partition("-")[2] for f in folders if "qwen3-" in f} == {
+        method.replace(":", "-") for method in METHODS if method not in ("identity", "smoothquant")
+    }
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "found"), *folders]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    found = load_file(tmp_path / "found")
+    for folder in folders:
+        with torch.no_grad():
+            expected = load(folder, device="cpu")(input_ids=torch.arange(40)[None] % 256).logits
+        assert torch.equal(found[folder], expected)
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(
