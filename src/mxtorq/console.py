@@ -34,6 +34,7 @@ from mxtorq.interrupts import end_now, ending_soon
 from mxtorq.reading.documents import Refusal, read_text
 from mxtorq.reports import imbalance
 from mxtorq.reports.accuracies import accuracy_tables
+from mxtorq.reports.against import against_markdown, against_tables
 from mxtorq.reports.charts import require_charts
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
@@ -42,6 +43,7 @@ from mxtorq.reports.inspection import Inspection
 from mxtorq.reports.needs import Needs, duration, finished_of
 from mxtorq.reports.needs import table as needs_table
 from mxtorq.reports.pages import Record
+from mxtorq.reports.published import Published
 from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
 from mxtorq.reports.schema import LONGEST, Results
 
@@ -281,15 +283,30 @@ def report_results(
     title: str,
     markdown_path: Path | None = None,
     report_path: Path | None = None,
+    against: Published | None = None,
 ) -> None:
-    """Print a table of results and write the records where they were asked for."""
+    """Print a table of results and write the records where they were asked for.
+
+    Args:
+        against: published figures to set them beside.
+    """
     wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
     wide.print(terminal(results, escape(title), width))
     for table in accuracy_tables(results):
         wide.print(table)
     write_record(json_path, results.to_json())
-    write_record(markdown_path, markdown(results))
+    write_record(markdown_path, markdown(results) + report_against(results, against))
     write_report(report_path, results)
+
+
+def report_against(results: Results, against: Published | None) -> str:
+    """Print results beside published figures, if there are any; the same in Markdown."""
+    if against is None:
+        return ""
+    wide = OUT if OUT.is_terminal else Console(width=_PAGE)
+    for table in against_tables(results, against):
+        wide.print(table)
+    return "\n" + against_markdown(results, against)
 
 
 def report_inspection(

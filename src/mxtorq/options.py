@@ -205,6 +205,15 @@ Report = Annotated[
         "--report", metavar="PATH.html", help="Also write a page with charts there, in one file."
     ),
 ]
+Against = Annotated[
+    Path | None,
+    typer.Option(
+        "--against",
+        metavar="FILE",
+        help="Published figures, such as docs/published.toml: also print ours beside them, and add "
+        "that to --markdown.",
+    ),
+]
 ManifestJson = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the manifest as JSON.")
 ]

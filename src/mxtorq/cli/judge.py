@@ -20,6 +20,7 @@ from mxtorq.console import (
 from mxtorq.errors import UsageError
 from mxtorq.options import (
     MODEL_HELP,
+    Against,
     BatchSize,
     Calibration,
     CalibrationTokens,
@@ -58,6 +59,7 @@ from mxtorq.options import (
 if TYPE_CHECKING:
     from mxtorq.config import EvaluationPlan, Recipe
     from mxtorq.models.family import Family
+    from mxtorq.reports.published import Published
 
 from mxtorq.cli.app import app, given
 
@@ -148,6 +150,8 @@ def evaluate(
     "  mxtorq compare ./llama --methods identity,hadamard,torq --seeds 0,1,2 "
     "--text wikitext2:wiki.test.raw --calibration notes.jsonl --json results.json --resume\n\n"
     "  mxtorq compare ./llama --recipe recipes/torq.toml --recipe recipes/duquant++.toml"
+    "\n\n  mxtorq compare NousResearch/Meta-Llama-3-8B --recipe recipes/paper-rtn.toml "
+    "--against docs/published.toml"
 )
 def compare(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "reference",
@@ -170,6 +174,7 @@ def compare(
     resume: Resume = False,
     markdown: Markdown = None,
     report: Report = None,
+    against: Against = None,
 ) -> None:
     """One table in one run: BF16 first, then methods x roundings x scale rules x seeds."""
     shared = given(
@@ -183,7 +188,9 @@ def compare(
     )
     with speaking("the rows that were finished are in the --json record, if you named one"):
         from mxtorq.config import parse_family, plan_from, read_settings, recipe_from
+        from mxtorq.reports.published import read_published
 
+        beside = None if against is None else read_published(against)
         read = [read_settings(path) for path in recipe or []]
         bases = [settings for settings, _ in read]
         names = methods or ("" if bases else DEFAULT_METHODS)
@@ -198,7 +205,8 @@ def compare(
             {**agreed(plans), **given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
         )
         own = parse_family(family)
-        _compare(model, recipes, plan, device, json_path, model, own, resume, markdown, report)
+        records = json_path, model, own, resume, markdown, report, beside
+        _compare(model, recipes, plan, device, *records)
 
 
 @app.command(epilog="Example:\n\n  mxtorq demo --json demo.json")
@@ -276,6 +284,7 @@ def _compare(
     resume: bool = False,
     markdown: Path | None = None,
     report: Path | None = None,
+    against: "Published | None" = None,
 ) -> None:
     from mxtorq.comparison import compare
 
@@ -293,4 +302,4 @@ def _compare(
             done=done,
             save=lambda so_far: keep_record(json_path, so_far, done),
         )
-    report_results(signed(results, done), json_path, title, markdown, report)
+    report_results(signed(results, done), json_path, title, markdown, report, against)

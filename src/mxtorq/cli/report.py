@@ -6,15 +6,23 @@ from typing import Annotated
 import typer
 
 from mxtorq.cli.app import app
-from mxtorq.console import require_report, require_writable, speaking, write_record, write_report
+from mxtorq.console import (
+    report_against,
+    require_report,
+    require_writable,
+    speaking,
+    write_record,
+    write_report,
+)
 from mxtorq.errors import UsageError
-from mxtorq.options import Markdown, Report
+from mxtorq.options import Against, Markdown, Report
 
 
 @app.command(
     epilog="Examples:\n\n"
     "  mxtorq report results.json --report results.html --markdown results.md\n\n"
-    "  mxtorq report my-checkpoint --report checkpoint.html"
+    "  mxtorq report my-checkpoint --report checkpoint.html\n\n"
+    "  mxtorq report results.json --against docs/published.toml"
 )
 def report(
     record: Annotated[
@@ -26,21 +34,24 @@ def report(
     ],
     report: Report = None,
     markdown: Markdown = None,
+    against: Against = None,
 ) -> None:
-    """Draw a record of earlier results: a page with charts, or Markdown."""
+    """Draw a record of earlier results: a page with charts, Markdown, or beside published ones."""
     with speaking("nothing was written"):
         from mxtorq.export.manifest import FILE
         from mxtorq.reading.documents import Refusal, read_text
         from mxtorq.reports.pages import markdown_of, read_record
-        from mxtorq.reports.schema import LONGEST
+        from mxtorq.reports.published import read_published
+        from mxtorq.reports.schema import LONGEST, Results
 
-        if report is None and markdown is None:
+        if (report, markdown, against) == (None, None, None):
             raise UsageError(
                 asked=f"a report of {record}",
-                found="neither --report nor --markdown",
-                why="nobody said where to write it",
+                found="neither --report nor --markdown nor --against",
+                why="nobody said where to write it, or what to print",
                 todo="pass --report PATH.html, --markdown PATH.md, or both",
             )
+        beside = None if against is None else read_published(against)
         source = record / FILE if record.is_dir() else record
         if markdown is not None and markdown.resolve() == source.resolve():
             raise UsageError(
@@ -58,6 +69,14 @@ def report(
             todo="name a file that --json wrote, or a checkpoint of mxtorq",
         )
         read = read_record(read_text(source, LONGEST, refuse), str(record))
+        if beside is not None and not isinstance(read, Results):
+            raise UsageError(
+                asked=f"{record} beside the figures in {against}",
+                found=f"a record of kind {type(read).__name__}",
+                why="published figures are perplexities and accuracies",
+                todo="name a record of `mxtorq compare` or `mxtorq evaluate`",
+            )
+        added = report_against(read, beside) if isinstance(read, Results) else ""
         if markdown is not None:
-            write_record(markdown, markdown_of(read))
+            write_record(markdown, markdown_of(read) + added)
         write_report(report, read)
