@@ -25,7 +25,7 @@ from mxtorq.writing import fingerprint, write_tensors
 CONFIG = {
     "model_type": "llama",
     "hidden_size": 4,
-    "quantization_config": quantization_config(rotated=True, ignore=[]),
+    "quantization_config": quantization_config(own=True, ignore=[], transforms={}),
 }
 TENSORS = {"w": torch.arange(12).view(3, 4), "b": torch.ones(3, dtype=torch.bfloat16)}
 WEIGHTS = "mxtorq-model.safetensors"
