@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from mxtorq.errors import UsageError
-from mxtorq.reports.render import cells, footnote, markdown, parts, site_tables, sqnr_db, terminal
-from mxtorq.reports.schema import VERSION, Results, Row
+from mxtorq.reports.render import cells, footnote, markdown, parts, site_tables, terminal
+from mxtorq.reports.schema import VERSION, Results, Row, sqnr_db
 
 EVALUATION = {"source": "t", "tokens": 100, "seqlen": 10, "text_sha256": "a"}
 CALIBRATION = {"source": "c", "tokens": 50, "seqlen": 10, "text_sha256": "b", "seed": 4}

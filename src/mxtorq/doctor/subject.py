@@ -17,7 +17,7 @@ from typing import Any
 
 from mxtorq.errors import CheckpointError
 from mxtorq.export.checkpoint import CONFIG, TRANSFORMS, is_checkpoint
-from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS, weights_file
+from mxtorq.export.compressed_tensors import OWN, STOCK, WEIGHTS_FILE, weights_file
 from mxtorq.export.manifest import FILE, LONGEST, Manifest
 from mxtorq.export.packed import QUARK
 from mxtorq.formats.e8m0 import ScaleRule
@@ -81,7 +81,7 @@ class Subject:
     @property
     def hidden(self) -> bool:
         """Whether the tensors stand under a name that stock transformers does not look for."""
-        return self.method == OWN or WEIGHTS in self.described
+        return weights_file(self.described) != WEIGHTS_FILE[STOCK]
 
     @property
     def weights_only(self) -> bool:

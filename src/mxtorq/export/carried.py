@@ -40,6 +40,11 @@ def matrix_name(entry: SiteEntry) -> str:
     return f"{entry.linears[0]}.{_group(entry)}_{_LOCATION}.weight"
 
 
+def carried_names(entries: Iterable[SiteEntry]) -> set[str]:
+    """The tensors among a model's that are matrices of its sites."""
+    return {matrix_name(entry) for entry in entries if is_carried(entry)}
+
+
 def carried_matrices(
     entries: Iterable[SiteEntry], transforms: Mapping[str, Transform]
 ) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mxtorq.errors import CheckpointError
-from mxtorq.export.carried import is_carried, matrix_name, stored_transform
+from mxtorq.export.carried import carried_names, stored_transform
 from mxtorq.export.checkpoint import CONFIG, is_checkpoint, read_checkpoint
 from mxtorq.export.compressed_tensors import FORMAT, STOCK
 from mxtorq.export.manifest import Manifest, SiteEntry
@@ -108,7 +108,7 @@ def read_packed(folder: Path) -> Packed:
         config = dict(contents.config)
         described = config.pop("quantization_config")
         linears, plain = _of_packed(contents.weights)
-        matrices = {matrix_name(entry) for entry in contents.manifest.sites if is_carried(entry)}
+        matrices = carried_names(contents.manifest.sites)
         return Packed(
             folder=folder,
             config=config,

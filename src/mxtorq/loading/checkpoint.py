@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mxtorq.errors import CheckpointError, MxtorqError
-from mxtorq.export.carried import is_carried, matrix_name, stored_transform
+from mxtorq.export.carried import carried_names, stored_transform
 from mxtorq.export.checkpoint import Contents, read_checkpoint
 from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.formats.e8m0 import ScaleRule
@@ -193,7 +193,7 @@ def _require_like(model: nn.Module, contents: Contents, tensor: str, name: str) 
 
 
 def _require_known(contents: Contents, known: set[str], name: str) -> None:
-    matrices = {matrix_name(entry) for entry in contents.manifest.sites if is_carried(entry)}
+    matrices = carried_names(contents.manifest.sites)
     unknown = sorted(set(contents.weights.names) - known - matrices)
     if unknown:
         raise CheckpointError(

@@ -5,11 +5,10 @@ word, so that nobody has to compare numbers: ``best`` for the lowest figure, ``t
 interval of the difference to it holds 0, ``worse`` where it does not.
 """
 
-import math
 from collections.abc import Sequence
 
 from mxtorq.reports.intervals import FEWEST, are_paired, difference
-from mxtorq.reports.schema import Row
+from mxtorq.reports.schema import Row, sqnr_db
 
 NOTE = (
     "95 %: where the change of the perplexity from BF16 lies, by a bootstrap over the windows of "
@@ -67,7 +66,7 @@ def fidelity_table(
         names = list(layers[0]) if layers else []
         places = dict.fromkeys(names[i] for i in (0, len(names) // 2, -1)) if names else {}
         stream = [
-            f"{_decibels(_mean([errors[name] for errors in layers if name in errors])):.1f}"
+            f"{sqnr_db(_mean([errors[name] for errors in layers if name in errors])):.1f}"
             for name in places
         ]
         lines.append(
@@ -90,10 +89,6 @@ FIDELITY_COLUMNS = (
     "same likeliest token",
     "residual stream behind first / middle / last layer",
 )
-
-
-def _decibels(error: float) -> float:
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,8 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
-from mxtorq.reports.inspection import Inspection, Pair, Picture, SiteRecord, decibels
+from mxtorq.reports.inspection import Inspection, Pair, Picture, SiteRecord
+from mxtorq.reports.schema import sqnr_db
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BLOCKS = 24
@@ -92,7 +93,7 @@ def _imbalances(inspection: Inspection, title: str, part: Part, explain: bool) -
         for method in inspection.methods:
             figures = _figures([part(site.methods[method]) for site in sites])
             errors = [site.methods[method].output_error for site in sites]
-            known = [decibels(error) for error in errors if error is not None]
+            known = [sqnr_db(error) for error in errors if error is not None]
             both = [f"{fmean(known):.2f} dB" if known else "-"] if explain else []
             lines.append([kind, method, *figures[:_OUTPUT], *both, *figures[_OUTPUT:]])
     output = ("output SQNR",) if explain else ()

@@ -19,6 +19,7 @@ from typing import Any
 
 from mxtorq.errors import UsageError
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, require_keys
+from mxtorq.reports.schema import sqnr_db
 
 SCHEMA = "mxtorq.inspection"
 VERSION = 1
@@ -35,11 +36,6 @@ _refuse = Refusal(
     why=f"this release reads {SCHEMA} version {VERSION}",
     todo="pass a file written by `mxtorq inspect MODEL --json`",
 )
-
-
-def decibels(error: float) -> float:
-    """Signal to noise of a relative squared error."""
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +120,7 @@ class Picture:
     @property
     def sqnr(self) -> float:
         """Signal to quantization noise, in decibels."""
-        return decibels(self.relative_error)
+        return sqnr_db(self.relative_error)
 
 
 @dataclass(frozen=True, kw_only=True)

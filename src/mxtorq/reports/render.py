@@ -19,7 +19,7 @@ from mxtorq.reports.fidelity import (
     interval_cell,
     marks,
 )
-from mxtorq.reports.schema import Results, Row
+from mxtorq.reports.schema import Results, Row, sqnr_db
 
 _COLUMNS = (
     "method",
@@ -302,11 +302,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def _versions(results: Results) -> str:
     return "Versions: " + ", ".join(f"{k} {v}" for k, v in results.versions.items()) + "."
-
-
-def sqnr_db(error: float) -> float:
-    """Signal to quantization noise of a relative squared error, in decibels."""
-    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def checkpoint_facts(manifest: Manifest, name: str) -> Table:

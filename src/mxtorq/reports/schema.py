@@ -48,6 +48,11 @@ _refuse = Refusal(
 )
 
 
+def sqnr_db(error: float) -> float:
+    """Signal to quantization noise of a relative squared error, in decibels."""
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One evaluated model."""

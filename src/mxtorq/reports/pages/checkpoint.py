@@ -11,7 +11,7 @@ from typing import Any
 from mxtorq.export.manifest import FILE, Manifest, SiteEntry
 from mxtorq.reports.blocks import Block, Charts, Facts, Fold, Grid, Note, Page, Section
 from mxtorq.reports.pages.sites import by_kind, site_chart
-from mxtorq.reports.render import sqnr_db
+from mxtorq.reports.schema import sqnr_db
 
 
 def checkpoint_page(manifest: Manifest) -> Page:

@@ -20,7 +20,8 @@ from mxtorq.reports.blocks import (
 )
 from mxtorq.reports.pages.lines import Line, panels, percent, roundings, told
 from mxtorq.reports.pages.sites import by_kind, decibels
-from mxtorq.reports.render import mean_site_errors, sqnr_db
+from mxtorq.reports.render import mean_site_errors
+from mxtorq.reports.schema import sqnr_db
 
 
 def loss_charts(lines: list[Line]) -> tuple[Block, ...]:

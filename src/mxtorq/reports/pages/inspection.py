@@ -25,7 +25,7 @@ from mxtorq.reports.imbalance import Sheet, every_site, sheets
 from mxtorq.reports.inspection import Inspection, Picture, SiteRecord
 from mxtorq.reports.pages.checkpoint import facts_of
 from mxtorq.reports.pages.sites import by_kind, decibels
-from mxtorq.reports.render import sqnr_db
+from mxtorq.reports.schema import sqnr_db
 
 _BLOCKS = 64
 """Bars of block variances, at most: each is the highest of its neighbours."""

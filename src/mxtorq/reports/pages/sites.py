@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from mxtorq.reports.blocks import Bars, Chart
-from mxtorq.reports.render import sqnr_db
+from mxtorq.reports.schema import sqnr_db
 
 _PLACE = re.compile(r"(?:.*\.)?([0-9]+)\.([^.]+)")
 
