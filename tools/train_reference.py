@@ -6,6 +6,11 @@ The text is the ``train`` split of the standard library (see ``mxtorq.embedded.s
 
     python tools/train_reference.py --steps 2000 --out src/mxtorq/embedded/model
 
+``--shape llama`` trains one that nothing was developed on: Llama's architecture with other sizes
+and a head of its own, for claims that have to hold on a model that was not looked at.
+
+    python tools/train_reference.py --shape llama --steps 2000 --peak-lr 2e-3 --out LLAMA
+
 The run is a function of its arguments, the Python version (its text) and the arithmetic of the
 device; the figures of the committed model stand in docs/reference-model.md. ``--steps 20`` to a
 scratch folder is a quick trial.
@@ -17,15 +22,23 @@ import math
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mxtorq.embedded.stdlib_text import Split, documents
 
 BOS = "<|endoftext|>"
-CONTEXT = 1024
+VOCABULARY = {"reference": 4096, "llama": 2048}
+CONTEXTS = {"reference": 1024, "llama": 512}
 
 # A line break takes the indentation that follows it along: in source text that pair is one word.
 WORDS = r"\r?\n[ \t]*|[ ]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|[ \t]+"
@@ -60,6 +73,42 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: Split) -> torch.Tens
     return torch.tensor(ids)
 
 
+def model_of(shape: str, tokenizer: PreTrainedTokenizerFast) -> torch.nn.Module:
+    """A model with random weights."""
+    common = {
+        "vocab_size": len(tokenizer),
+        "num_key_value_heads": 2,
+        "num_attention_heads": 6,
+        "max_position_embeddings": CONTEXTS[shape],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        "rms_norm_eps": 1e-6,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "use_cache": True,
+    }
+    if shape == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=192,
+                intermediate_size=512,
+                num_hidden_layers=4,
+                head_dim=32,
+                tie_word_embeddings=False,
+                **common,
+            )
+        )
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=6,
+            head_dim=64,
+            tie_word_embeddings=True,
+            **common,
+        )
+    )
+
+
 def loss_of(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -78,8 +127,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--shape", choices=sorted(CONTEXTS), default="reference")
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=4, help="windows of 1024 tokens a step")
+    parser.add_argument("--batch", type=int, default=4, help="windows of the context a step")
     parser.add_argument("--peak-lr", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -88,25 +138,10 @@ def main() -> None:
         parser.error(f"--out {args.out} exists; name a folder that does not")
 
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(documents("train"), vocabulary=4096)
+    context = CONTEXTS[args.shape]
+    tokenizer = train_tokenizer(documents("train"), VOCABULARY[args.shape])
     stream = token_stream(tokenizer, "train")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        use_cache=True,
-    )
-    model = Qwen3ForCausalLM(config).to(args.device)
+    model: Any = model_of(args.shape, tokenizer).to(args.device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters, {len(stream):,} training tokens, {args.device}", flush=True)
 
@@ -121,8 +156,8 @@ def main() -> None:
     for step in range(args.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, args.steps, args.peak_lr)
-        starts = torch.randint(len(stream) - CONTEXT, (args.batch,), generator=draw)
-        ids = torch.stack([stream[s : s + CONTEXT + 1] for s in starts.tolist()]).to(args.device)
+        starts = torch.randint(len(stream) - context, (args.batch,), generator=draw)
+        ids = torch.stack([stream[s : s + context + 1] for s in starts.tolist()]).to(args.device)
         # BF16 arithmetic is a hundred times slower than FP32 on a CPU without its instructions.
         with torch.autocast(args.device, dtype=torch.bfloat16, enabled=args.device == "cuda"):
             loss = loss_of(model, ids)
@@ -136,14 +171,14 @@ def main() -> None:
             left = spent / (step + 1) * (args.steps - step - 1)
             print(
                 f"step {step + 1}/{args.steps}  loss {running:.4f}  "
-                f"{(step + 1) * args.batch * CONTEXT / spent:,.0f} tokens/s  "
+                f"{(step + 1) * args.batch * context / spent:,.0f} tokens/s  "
                 f"{left / 60:.1f} min left",
                 flush=True,
             )
 
     model.eval().to(torch.bfloat16).float()
     held_out = token_stream(tokenizer, "evaluation")
-    windows = held_out[: len(held_out) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    windows = held_out[: len(held_out) // context * context].view(-1, context)
     with torch.no_grad():
         losses = [loss_of(model, w[None].to(args.device)).item() for w in windows]
     perplexity = math.exp(sum(losses) / len(losses))
@@ -155,7 +190,8 @@ def main() -> None:
     record = {
         "steps": args.steps,
         "batch": args.batch,
-        "context": CONTEXT,
+        "shape": args.shape,
+        "context": context,
         "peak_lr": args.peak_lr,
         "seed": args.seed,
         "training_tokens": len(stream),
