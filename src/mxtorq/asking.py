@@ -8,7 +8,7 @@ versions of everything that a figure depends on. What differs is refused and nam
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +25,10 @@ from mxtorq.reports.schema import Results, Row
 
 if TYPE_CHECKING:
     from mxtorq.evaluation.questions import Questions
+
+
+HARNESS = ("lm_eval", "accelerate", "datasets", "vllm")
+"""Packages that answers depend on and nothing else does."""
 
 
 def harness_versions(plan: TaskPlan) -> dict[str, str]:
@@ -44,8 +48,7 @@ def harness_versions(plan: TaskPlan) -> dict[str, str]:
             )
         engine = {"vllm": version("vllm")}
     try:
-        packages = ("lm_eval", "accelerate", "datasets")
-        return {**{name: version(name) for name in packages}, **engine}
+        return {**{name: version(name) for name in HARNESS[:3]}, **engine}
     except PackageNotFoundError as error:
         raise UsageError(
             asked="the accuracy on tasks",
@@ -72,14 +75,14 @@ def earlier_row(
     """
     if done is None or not done.rows:
         return None
-    row = done.rows[0]
+    row = _asked_row(done)
     differences = {
         key: (row.provenance.get(key), provenance[key])
         for key in provenance
         if row.provenance.get(key) != provenance[key]
     }
     if done.versions != versions:
-        differences["versions"] = (done.versions, dict(versions))
+        differences["versions"] = different_versions(done.versions, versions)
     for key, (then, now) in differences.items():
         raise UsageError(
             asked="to go on with an earlier record",
@@ -90,11 +93,41 @@ def earlier_row(
     return row
 
 
+def different_versions(there: Mapping[str, str], here: Mapping[str, str]) -> tuple[str, str]:
+    """What differs between two tables of versions, as words for either side."""
+    names = sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+    told = [
+        ", ".join(f"{name} {each.get(name, '(none)')}" for name in names) for each in (there, here)
+    ]
+    return told[0], told[1]
+
+
+def earlier_answers(done: Results | None) -> dict[str, dict[str, Any]]:
+    """What the row of a record that a run goes on with has answered."""
+    return _asked_row(done).tasks if done is not None and done.rows else {}
+
+
+def earlier_baseline(done: Results | None) -> tuple[Row, ...]:
+    """The rows of a record in front of a checkpoint's: its original's, or none."""
+    if done is None or not done.rows:
+        return ()
+    return done.rows[: done.rows.index(_asked_row(done))]
+
+
+def _asked_row(done: Results) -> Row:
+    """The row that was asked: the first of a checkpoint, behind its original's if that is there."""
+    return next((row for row in done.rows if row.rounding is not None), done.rows[0])
+
+
 @contextmanager
 def questions(
-    plan: TaskPlan | None, done: Results | None, progress: Callable[[str, int, int], None]
+    plan: TaskPlan | None,
+    answered: Mapping[str, dict[str, Any]],
+    progress: Callable[[str, int, int], None],
 ) -> "Iterator[Questions | None]":
     """What a plan asks, found before a model is loaded; None without a plan.
+
+    What is ``answered`` in an earlier record is not asked.
 
     Raises:
         UsageError: as `questions.opened`.
@@ -105,9 +138,29 @@ def questions(
     # Behind an extra, and it takes seconds to import.
     from mxtorq.evaluation.questions import opened
 
-    answered = done.rows[0].tasks if done is not None and done.rows else {}
     with opened(plan, answered, progress) as found:
         yield found
+
+
+def require_same_questions(rows: Sequence[Row], plan: TaskPlan, asked: "Questions") -> None:
+    """Raises:
+    UsageError: earlier rows have answered other documents than are asked now.
+    """
+    for row in rows:
+        then = row.provenance.get("tasks")
+        found = None if not row.tasks or then == plan.record() else f"tasks {then} there"
+        for label, result in row.tasks.items():
+            name = label.partition(":")[0]
+            sha256 = asked.sha256.get(name)
+            if sha256 is not None and result.get("documents_sha256") != sha256:
+                found = f"{label} on other documents than those of {plan.files}"
+        if found is not None:
+            raise UsageError(
+                asked=f"to go on with an earlier record, tasks {plan.record()}",
+                found=f"a row of {row.method} with {found}",
+                why="accuracies on other documents are not comparable",
+                todo="ask for the same again, or start a new record",
+            )
 
 
 def require_asked(tokenizer: Any, plan: TaskPlan, model: str, outliers: bool) -> None:
@@ -132,14 +185,14 @@ def with_answers(
     model: str,
     row: Row,
     asked: "Questions",
-    versions: dict[str, str],
     *,
-    save: Callable[[Results], None],
+    save: Callable[[Row], None],
     progress: Callable[[str, int, int], None],
-) -> Results:
+) -> Row:
     """The row of a model, with its answers to questions; answers that it has stay.
 
-    ``source`` is of no use afterwards where ``model`` was asked by an engine.
+    ``save`` gets it as it is and after each task. ``source`` is of no use afterwards where
+    ``model`` was asked by an engine.
 
     Raises:
         MxtorqError: as `harness.score_tasks`.
@@ -148,25 +201,26 @@ def with_answers(
 
     tasks = dict(row.tasks)
 
-    def results() -> Results:
+    def answered() -> Row:
         values = {label: result["value"] for label, result in tasks.items()}
-        whole = replace(row, tasks=dict(tasks), averages=averages(values))
-        return Results(rows=(whole,), versions=versions)
+        return replace(row, tasks=dict(tasks), averages=averages(values))
 
     def keep(label: str, result: dict[str, Any]) -> None:
         tasks[label] = result
-        save(results())
+        save(answered())
 
-    save(results())
-    if not asked.loaded:
-        return results()
+    save(answered())
+    loaded = {label: task for label, task in asked.loaded.items() if label not in tasks}
+    if not loaded:
+        return answered()
+    left = replace(asked, loaded=loaded)
     if asked.plan.engine == "torch":
-        score_tasks(source.model, source.tokenizer, asked, keep, progress)
-        return results()
+        score_tasks(source.model, source.tokenizer, left, keep, progress)
+        return answered()
     from mxtorq.evaluation.engine import score_by_engine
 
     device, dtype, window = source.device, source.dtype, source.longest_window()
     empty_(source.model)  # the engine needs the memory
     trim()
-    score_by_engine(model, dtype, device, window, asked, keep, progress)
-    return results()
+    score_by_engine(model, dtype, device, window, left, keep, progress)
+    return answered()

@@ -44,7 +44,13 @@ from mxtorq.reports.needs import Needs, duration, finished_of
 from mxtorq.reports.needs import table as needs_table
 from mxtorq.reports.pages import Record
 from mxtorq.reports.published import Published
-from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
+from mxtorq.reports.render import (
+    checkpoint_facts,
+    checkpoint_sites,
+    fidelity_terminal,
+    markdown,
+    terminal,
+)
 from mxtorq.reports.schema import LONGEST, Results
 
 OUT = Console()
@@ -270,10 +276,10 @@ def write_record(path: Path | None, text: str) -> None:
         OUT.print(f"Record written to {escape(str(path))}")
 
 
-def write_report(path: Path | None, record: Record) -> None:
+def write_report(path: Path | None, record: Record, against: Published | None = None) -> None:
     """Draw a record where it was asked for, whole or not at all. Raises `OutputError`."""
     if path is not None:
-        _write(path, page(record))
+        _write(path, page(record, against))
         OUT.print(f"Report written to {escape(str(path))}")
 
 
@@ -284,19 +290,22 @@ def report_results(
     markdown_path: Path | None = None,
     report_path: Path | None = None,
     against: Published | None = None,
+    *,
+    fidelity: bool = False,
 ) -> None:
     """Print a table of results and write the records where they were asked for.
 
     Args:
         against: published figures to set them beside.
+        fidelity: print how far rows are from the baseline too, which Markdown always says.
     """
     wide, width = (OUT, OUT.width) if OUT.is_terminal else (Console(width=_PAGE), None)
     wide.print(terminal(results, escape(title), width))
-    for table in accuracy_tables(results):
+    for table in [*(fidelity_terminal(results) if fidelity else ()), *accuracy_tables(results)]:
         wide.print(table)
     write_record(json_path, results.to_json())
     write_record(markdown_path, markdown(results) + report_against(results, against))
-    write_report(report_path, results)
+    write_report(report_path, results, against)
 
 
 def report_against(results: Results, against: Published | None) -> str:

@@ -19,6 +19,7 @@ from mxtorq.export.manifest import Manifest
 from mxtorq.export.targets import Target
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.loading.source import Source
+from mxtorq.originals import Original
 from mxtorq.quantization import Progress
 from mxtorq.reports.schema import Row
 from mxtorq.surgery.linear import round_inputs_by_
@@ -90,6 +91,26 @@ def with_manifest(row: Row, manifest: Manifest) -> Row:
     return row
 
 
+def baseline(original: Original, windows: Windows, outliers: str | None, progress: Progress) -> Row:
+    """The row of the model that a checkpoint was made from, as `comparison.compare` has it."""
+    row = measure(original.source, windows, outliers, progress)
+    row.provenance.update(weights_sha256=original.weights_sha256, recipe=None)
+    return row
+
+
+def require_original_of(model: str, original: str | None) -> None:
+    """Raises:
+    UsageError: an original is named of a model that is none's checkpoint.
+    """
+    if original is not None and not is_checkpoint(Path(model)):
+        raise UsageError(
+            asked=f"how far {model} is from the original {original}",
+            found="a model that is not quantized",
+            why="a checkpoint of mxtorq is compared with what it was made from",
+            todo="pass a checkpoint of mxtorq, or leave --original out",
+        )
+
+
 def require_quantized(model: str, targets: Sequence[Target]) -> None:
     """Raises:
     UsageError: scale rules of activations are wanted of a model that rounds none.
@@ -109,6 +130,7 @@ def under_rules(
     targets: Sequence[Target],
     windows: Windows,
     progress: Progress,
+    reference: torch.nn.Module | None = None,
 ) -> list[Row]:
     """The rows of a checkpoint under the scale rules of engines that are not its own."""
     own, weights = (ScaleRule(manifest.scale_rules[part]) for part in ("activations", "weights"))
@@ -117,7 +139,7 @@ def under_rules(
     for rule in rules:
         if rule is not own:
             round_inputs_by_(source.model, rule)
-            row = measure(source, windows, manifest.source["outliers"], progress)
+            row = measure(source, windows, manifest.source["outliers"], progress, reference)
             other = None if rule is weights else rule.value
             rows.append(replace(with_manifest(row, manifest), activation_rule=other))
     round_inputs_by_(source.model, own)

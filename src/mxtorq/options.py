@@ -68,6 +68,15 @@ MismatchTargets = Annotated[
         "vllm-blackwell,vllm-emulation,rocm,transformers.",
     ),
 ]
+Original = Annotated[
+    str | None,
+    typer.Option(
+        "--original",
+        metavar="MODEL",
+        help="Of a checkpoint: the model that it was made from. Also how far the checkpoint is "
+        "from it: KL, top token, layer by layer. Both are in memory at a time.",
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option("--calibration", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]"),
@@ -211,7 +220,7 @@ Against = Annotated[
         "--against",
         metavar="FILE",
         help="Published figures, such as docs/published.toml: also print ours beside them, and add "
-        "that to --markdown.",
+        "that to --markdown and --report.",
     ),
 ]
 ManifestJson = Annotated[

@@ -13,7 +13,6 @@ to a model. Progress is a callback. Randomness comes from the recipe's seed alon
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ from typing import Any
 from torch import nn
 
 from mxtorq.asking import (
+    earlier_answers,
+    earlier_baseline,
     earlier_row,
     harness_versions,
     questions,
@@ -48,8 +49,10 @@ from mxtorq.export.named import named_rotations, rotations_named
 from mxtorq.export.targets import Target
 from mxtorq.export.unfinished import Unfinished, require_free, unfinished
 from mxtorq.judging import (
+    baseline,
     measure,
     require_no_outliers,
+    require_original_of,
     require_quantized,
     under_rules,
     with_manifest,
@@ -61,6 +64,7 @@ from mxtorq.loading.skeleton import empty_
 from mxtorq.loading.source import Source, pick_device
 from mxtorq.loading.writer import kept_linears, stored_tensors, verify, write_checkpoint
 from mxtorq.models.family import Family
+from mxtorq.originals import load_original
 from mxtorq.preflight.check import needs, require
 from mxtorq.preflight.job import needs_whole
 from mxtorq.quantization import (
@@ -73,7 +77,7 @@ from mxtorq.quantization import (
 )
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.reports.needs import Needs
-from mxtorq.reports.schema import Results
+from mxtorq.reports.schema import Results, Row
 from mxtorq.sharing import all_transforms
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network_shape
@@ -185,6 +189,7 @@ def evaluate(
     device: str = "auto",
     family: Family | None = None,
     targets: Sequence[Target] = (),
+    original: str | None = None,
     progress: Progress = silent,
     tasks: TaskPlan | None = None,
     done: Results | None = None,
@@ -195,6 +200,8 @@ def evaluate(
     Args:
         targets: engines under whose scale rules of activations a checkpoint is evaluated too, which
             is what it costs to run it where it was not made for; a row for each other rule.
+        original: the model that a checkpoint was made from, whose row then comes first: the
+            checkpoint's says how far its predictions and its residual stream are from it.
         tasks: what else to ask it, through the lm-evaluation-harness.
         done: a record of an earlier run of the same, which is gone on with.
         save: gets the record after the perplexity and after each task.
@@ -203,8 +210,9 @@ def evaluate(
         MxtorqError: with what to do.
     """
     require_quantized(model, targets)
+    require_original_of(model, original)
     now = {**versions(), **({} if tasks is None else harness_versions(tasks))}
-    with questions(tasks, done, progress) as asked:
+    with questions(tasks, earlier_answers(done), progress) as asked:
         progress("load", 0, 1)
         if is_checkpoint(Path(model)):
             require_no_outliers(model, outliers)
@@ -218,18 +226,35 @@ def evaluate(
         if tasks is not None or done is not None:
             known["weights_sha256"] = weights_digest(source, manifest)
             known["tasks"] = None if tasks is None else tasks.record()
+        beside = None
+        if original is not None and manifest is not None:
+            beside = load_original(original, source, manifest, family, progress)
+            known["original_sha256"] = beside.weights_sha256
         row = earlier_row(done, {**known, "evaluation": windows.record()}, now)
         if tasks is not None:
             require_asked(source.tokenizer, tasks, model, manifest is None and outliers is not None)
+        before = earlier_baseline(done) if row is not None else ()
+        if beside is not None and not before:
+            before = (baseline(beside, windows, outliers, progress),)
+        reference = None if beside is None else beside.source.model
         if row is None:
-            row = measure(source, windows, outliers, progress)
+            row = measure(source, windows, outliers, progress, reference)
             row.provenance.update(known)
             row = row if manifest is None else with_manifest(row, manifest)
-        others = under_rules(source, manifest, targets, windows, progress) if manifest else []
+        others = []
+        if manifest is not None:
+            others = under_rules(source, manifest, targets, windows, progress, reference)
         if asked is None:
-            return Results(rows=(row, *others), versions=now)
-        answered = with_answers(source, model, row, asked, now, save=save, progress=progress)
-        return replace(answered, rows=(*answered.rows, *others))
+            return Results(rows=(*before, row, *others), versions=now)
+        del beside, reference  # tasks are asked of the checkpoint alone
+
+        def results(answered: Row) -> Results:
+            return Results(rows=(*before, answered), versions=now)
+
+        row = with_answers(
+            source, model, row, asked, save=lambda row: save(results(row)), progress=progress
+        )
+        return Results(rows=(*before, row, *others), versions=now)
 
 
 # The chapters.

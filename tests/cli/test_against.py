@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from command import here
 
 FIGURES = """
@@ -66,6 +68,13 @@ def test_compare_and_report_set_rows_beside_published_ones(
     done = here("report", record, "--against", figures)
     assert done.returncode == 0, done.stderr
     assert "yes (±1e+09)" in done.stdout
+    pytest.importorskip("matplotlib", reason="needs the plotting library: the extra `report`")
+    page = tmp_path / "page.html"
+    done = here("report", record, "--against", figures, "--report", page)
+    assert done.returncode == 0, done.stderr
+    drawn = page.read_text(encoding="utf-8")
+    assert "Beside published figures" in drawn
+    assert "yes (±1e+09)" in drawn
 
 
 def test_the_file_is_read_before_any_work(tmp_path: Path) -> None:

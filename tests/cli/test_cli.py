@@ -32,7 +32,11 @@ def test_help_shows_verbs_options_and_examples() -> None:
     lists = ["--recipe", "--methods", "--roundings", "--scale-rules", "--seeds", "--outliers"]
     others = ["--calibration", "--calibration-tokens", "--text", "--eval-tokens", "--seqlen"]
     text = here("compare", "--help").stdout
-    for option in [*lists, *others, "--json", "--resume", "--markdown", "--allow-unfit"]:
+    asked = ["--tasks", "--task-files", "--limit", "--batch-size"]
+    for option in [*lists, *others, *asked, "--json", "--resume", "--markdown", "--allow-unfit"]:
+        assert option in text, option
+    text = here("evaluate", "--help").stdout
+    for option in [*asked, "--original", "--engine"]:
         assert option in text, option
 
 

@@ -110,11 +110,59 @@ def test_what_a_folder_does_not_have(tmp_path: Path) -> None:
         read_task("boolq", tmp_path)
     with pytest.raises(UsageError, match="no folder"):
         read_task("piqa", tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="none is shipped"):
-        read_task("../piqa", tmp_path)
+    for wrong, right in (("../piqa", "piqa"), ("helaswag", "hellaswag"), ("acc77", "acc7")):
+        with pytest.raises(UsageError, match="none is shipped") as caught:
+            read_task(wrong, tmp_path)
+        assert f"did you mean {right}" in caught.value.todo
     with pytest.raises(UsageError, match="give away"):
         require_no_examples(Asked(name="piqa", shots=1), tmp_path)
     require_no_examples(Asked(name="piqa", shots=0), tmp_path)
+
+
+def test_mmlu_and_acc4_without_their_files(tmp_path: Path) -> None:
+    (tmp_path / "piqa.jsonl").write_text("")
+    for name, file in (
+        ("mmlu", "stand in mmlu.jsonl"),
+        ("mmlu_cot_llama", "mmlu_cot_llama.jsonl or mmlu.jsonl"),
+        ("gsm8k_llama", "gsm8k_llama.jsonl or gsm8k.jsonl"),
+    ):
+        with pytest.raises(UsageError, match=file) as caught:
+            read_task(name, tmp_path)
+        assert "piqa.jsonl" in caught.value.found
+
+
+MMLU = {"question": "a", "subject": "virology", "choices": ["b", "c", "d", "e"], "answer": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"answer": 4}, "choice 4 of 4"),
+        ({"choices": ["b"]}, "of 1, not of 4"),
+        ({"subject": "../virology"}, "'../virology'"),
+        ({"subject": None}, "subject = None"),
+        ({"answer": "D"}, "answer = 'D'"),
+    ],
+)
+def test_rows_that_are_not_mmlu_s(change: dict[str, object], found: str, tmp_path: Path) -> None:
+    write(tmp_path / "mmlu.jsonl", [MMLU, {**MMLU, **change}])
+    with pytest.raises(UsageError) as caught:
+        read_task("mmlu", tmp_path)
+    assert found in caught.value.found
+    assert "line 2" in caught.value.found
+    write(tmp_path / "mmlu.jsonl", [{"query": "a", "choices": ["b"], "gold": 0}])
+    with pytest.raises(UsageError, match="without question"):
+        read_task("mmlu", tmp_path)
+
+
+def test_a_subject_that_the_harness_does_not_have(tmp_path: Path) -> None:
+    own = tmp_path / "harness" / "mmlu" / "default"
+    own.mkdir(parents=True)
+    (own / "mmlu_virology.yaml").write_text("")
+    write(tmp_path / "mmlu.jsonl", [{**MMLU, "subject": "virologie"}])
+    task = read_task("mmlu", tmp_path)
+    with pytest.raises(UsageError, match="did you mean 'virology'"):
+        write_task_file(task, tmp_path, tmp_path / "harness")
 
 
 def test_paths_with_odd_characters(tmp_path: Path) -> None:

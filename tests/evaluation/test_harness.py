@@ -25,7 +25,8 @@ from lm_eval.tasks import TaskManager
 
 import tiny_models
 from mxtorq.errors import ModelError, UsageError
-from mxtorq.evaluation.harness import ON_A_CPU, score_tasks
+from mxtorq.evaluation.documents import read_task
+from mxtorq.evaluation.harness import ON_A_CPU, Scorer, score_tasks
 from mxtorq.evaluation.questions import opened, require_tokens
 from mxtorq.evaluation.tasks import KNOWN, TaskPlan, averages, parse_tasks
 from mxtorq.loading.source import Source, load_source
@@ -37,6 +38,9 @@ HARNESS = Path(lm_eval.tasks.__file__).parent
 SPLITS = {"arc_challenge": "test", "arc_easy": "test", "lambada_openai": "test"}
 SPLITS["openbookqa"] = "test"
 EVERY = ",".join(DOCUMENTS)
+REAL = {"babyllama-tok361": "winogrande", "stories260K": "piqa"}
+"""Models that were trained elsewhere, and a task each: to the first, which has a token a letter, an
+answer of PIQA is longer than its window."""
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +138,22 @@ def test_the_harness_says_the_same_of_the_plain_model(
     assert averages(values).keys() == {"acc7", "acc5"}
 
 
+@pytest.mark.parametrize(("model", "other"), REAL.items())
+def test_real_models_and_real_documents(model: str, other: str, data: Path, tmp_path: Path) -> None:
+    """The first questions of the real files, some of which lose their beginning."""
+    folder, names = data / "models" / model, ["arc_easy", other, "lambada_openai"]
+    plan = TaskPlan(tasks=parse_tasks(",".join(names)), files=data / "tasks", limit=25)
+    ours = score(load_source(str(folder), torch.device("cpu")), plan)
+    rows = {name: list(read_task(name, data / "tasks").rows[:25]) for name in names}
+    theirs = directly(plain(folder), names, rows, tmp_path)
+    for name, result in ours.items():
+        assert result["documents"] == 25
+        for metric, value in result["metrics"].items():
+            assert value == theirs[name][f"{metric},none"], (name, metric)
+    assert len({result["value"] for result in ours.values()}) > 2
+    assert (ours["arc_easy"]["truncated"] > 0) is (model == "babyllama-tok361")
+
+
 def test_the_other_form_gives_the_same_prompts(reference: Source, folders: dict[str, Path]) -> None:
     plans = [TaskPlan(tasks=parse_tasks(EVERY), files=folder) for folder in folders.values()]
     hub, other = (score(reference, plan) for plan in plans)
@@ -197,8 +217,9 @@ def test_what_does_not_fit_is_counted_or_refused(
     assert score(source, plan)["piqa"]["truncated"] == 2  # two choices of one document
     rows[0]["sol2"] = "c" * 128
     (tmp_path / "piqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(ModelError, match="128 positions"):
+    with pytest.raises(ModelError, match="128 positions") as caught:
         score(source, plan)
+    assert "piqa" in caught.value.asked
 
 
 def test_a_tokenizer_without_what_prompts_need() -> None:
@@ -211,6 +232,15 @@ def test_a_tokenizer_without_what_prompts_need() -> None:
     tokenizer.eos_token = None
     with pytest.raises(ModelError, match="neither a BOS nor an EOS"):
         require_tokens(tokenizer, parse_tasks("piqa"))
+
+
+def test_writing_ends_at_eos_which_has_to_be_there(tiny_folders: dict[str, Path]) -> None:
+    """Of the tasks that are known here, those of acc4 write."""
+    source = tiny(tiny_folders["llama"])
+    source.tokenizer.eos_token = None
+    scorer = Scorer(source.model, source.tokenizer, 1)
+    with pytest.raises(ModelError, match="without an EOS"):
+        scorer.generate_until([])
 
 
 def test_documents_of_the_hub_with_examples_in_front(
@@ -257,25 +287,29 @@ def test_documents_of_the_hub_with_examples_in_front(
 
 
 def test_a_group_is_asked_as_a_whole(
-    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    tiny_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """MMLU has 57 parts, weighted by their sizes."""
+    """MMLU has 57 parts, weighted by their sizes; the same from the hub and from one file."""
     import datasets
 
-    parts: dict[str, Any] = {}
+    parts: dict[str, list[Result]] = {}
+    load = datasets.load_dataset
 
-    def hub(path: str, name: str, **options: Any) -> Any:
+    def hub(path: str, name: str | None = None, **options: Any) -> Any:
+        if path == "json":
+            return load(path, name, **options)
         assert path == "cais/mmlu"
-        rows = [
-            {"question": "a", "choices": ["b", "c", "d", "e"], "answer": (len(parts) + each) % 4}
+        assert name is not None
+        parts[name] = [
+            {**MMLU, "subject": name, "answer": (len(parts) + each) % 4}
             for each in range(1 + len(parts) % 2)
         ]
-        split = datasets.Dataset.from_list(rows)
-        parts[name] = datasets.DatasetDict(dev=split, test=split)
-        return parts[name]
+        split = datasets.Dataset.from_list(parts[name])
+        return datasets.DatasetDict(dev=split, test=split)
 
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    result = score(tiny(tiny_folders["llama"]), TaskPlan(tasks=parse_tasks("mmlu")))["mmlu"]
+    source, asked = tiny(tiny_folders["llama"]), parse_tasks("mmlu")
+    result = score(source, TaskPlan(tasks=asked))["mmlu"]
     assert len(parts) == 57
     assert result["documents"] == 29 + 2 * 28
     assert result["metric"] == "acc"
@@ -284,6 +318,57 @@ def test_a_group_is_asked_as_a_whole(
     assert 0 < right < result["documents"]
     assert result["stderr"] is None  # parts of one document have none
     assert result["shots"] == 0
+
+    rows = [row for name in reversed(parts) for row in parts[name]]
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = score(source, TaskPlan(tasks=asked, files=tmp_path))["mmlu"]
+    assert local.pop("documents_sha256")
+    assert local == result
+
+
+MMLU: Result = {"question": "a", "choices": ["b", "c", "d", "e"]}
+
+
+def test_some_subjects_of_mmlu_and_what_acc4_writes(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """The mean of the group is over documents, not over subjects: three of one and one of another.
+
+    The written tasks have the same file, and are too long for a tiny model.
+    """
+    source = tiny(tiny_folders["llama"])
+
+    def asked(rows: list[Result], tasks: str) -> dict[str, Result]:
+        (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return score(source, TaskPlan(tasks=parse_tasks(tasks), files=tmp_path))
+
+    virology = [{**MMLU, "subject": "virology", "answer": at} for at in (0, 1, 2)]
+    anatomy = [{**MMLU, "subject": "anatomy", "answer": at} for at in range(4)]
+    alone = asked(virology, "mmlu")["mmlu"]
+    right = alone["value"] * 3  # the same question with three answers
+    assert right == pytest.approx(round(right))
+    answer = next(r for r in anatomy if asked([r], "mmlu")["mmlu"]["value"] == 1.0)
+    both = asked([*virology, answer], "mmlu")["mmlu"]
+    assert both["documents"] == 4
+    assert both["value"] == pytest.approx((right + 1) / 4)  # not (right / 3 + 1) / 2
+
+    gsm8k = {"question": "What is 1 + 1?", "answer": "It is 2. #### 2"}
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps(gsm8k) + "\n")
+    for name, question in (("mmlu_cot_llama", "a\nA. b"), ("gsm8k_llama", "1 + 1?")):
+        plan = TaskPlan(tasks=parse_tasks(name), files=tmp_path)
+        with opened(plan, {}, lambda *at: None) as questions:
+            tasks = questions.loaded[name]["tasks"]
+            texts = [each.doc_to_text(doc) for each in tasks.values() for doc in each.test_docs()]
+            targets = [
+                each.doc_to_target(doc) for each in tasks.values() for doc in each.test_docs()
+            ]
+        assert len(texts) == (4 if name == "mmlu_cot_llama" else 1)
+        assert all(question in text for text in texts)
+        assert set(targets) <= {"A", "B", "C", "D", "2"}
+        with pytest.raises(ModelError, match="128 positions") as caught:
+            source.tokenizer.chat_template = "{{ messages }}"
+            score(source, plan)
+        assert name in caught.value.asked
 
 
 def test_the_harness_has_what_is_known_here() -> None:

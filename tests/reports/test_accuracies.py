@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from mxtorq.errors import UsageError
+from mxtorq.evaluation.tasks import SUITES
 from mxtorq.reports.accuracies import accuracies_markdown, accuracy_tables
 from mxtorq.reports.render import markdown
 from mxtorq.reports.schema import Results, Row
@@ -120,3 +121,41 @@ def test_the_tables() -> None:
         assert "torq gptq was asked through vllm 7.6" in shown
         assert "hellaswag:shots=10: 3 prompts were longer" in shown
     assert "Accuracy on tasks" in markdown(RESULTS)
+
+
+def asked(method: str, seed: int, values: tuple[float, ...]) -> Row:
+    """Asked the tasks of acc5."""
+    labels = [task.label for task in SUITES["acc5"]]
+    return replace(
+        QUANTIZED,
+        method=method,
+        seed=seed,
+        tasks={label: result(value) for label, value in zip(labels, values, strict=True)},
+        averages={"acc5": sum(values) / 5},
+        provenance={},
+    )
+
+
+def test_more_than_two_models_are_a_line_each() -> None:
+    rows = (
+        asked("hadamard", 0, (0.25, 0.5, 0.5, 0.75, 0.5)),
+        asked("torq", 0, (0.25, 0.5, 0.5, 0.75, 0.25)),
+        asked("torq", 1, (0.5, 0.5, 0.5, 0.75, 0.5)),
+        replace(PLAIN, tasks={"piqa": result(0.625)}, averages={}, provenance={}),
+    )
+    page = io.StringIO()
+    results = Results(rows=rows, versions={})
+    for table in accuracy_tables(results):
+        Console(file=page, width=250).print(table)
+    for shown in (page.getvalue(), "\n".join(accuracies_markdown(results))):
+        (line,) = [line for line in shown.splitlines() if "hadamard" in line]
+        for cell in ("gptq", "floor", "50.00 ± 0.56", "75.00 ± 1.25"):  # 1.25 sqrt(5) / 5
+            assert cell in line
+        (line,) = [line for line in shown.splitlines() if "torq (2 seeds)" in line]
+        for cell in ("50.00 ± 7.07", "37.50 ± 17.68", "75.00 ± 0.00"):  # sd of 45 and 55
+            assert cell in line
+        (line,) = [line for line in shown.splitlines() if "bf16" in line]
+        assert "62.50 ± 1.25" in line
+        assert line.count(" - ") == 7  # rounding, rule, the average and four tasks
+        assert "of several seeds" in shown.lower()
+        assert "piqa acc_norm (1,838 documents)" in " ".join(shown.split())

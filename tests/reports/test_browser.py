@@ -3,8 +3,11 @@
 Needs a Chromium on this machine (Debian: ``apt-get install chromium``) and skips without one.
 """
 
+import math
+import random
 import time
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,11 @@ import pytest
 
 from browser import Tab, chromium, tab
 from inspections import INSPECTION
+from mxtorq.evaluation.tasks import SUITES
 from mxtorq.reports.html import page
 from mxtorq.reports.pages import read_record
+from mxtorq.reports.published import read_published
+from mxtorq.reports.schema import Results, Row
 
 pytest.importorskip("matplotlib", reason="charts need the extra `report`")
 
@@ -83,6 +89,61 @@ def test_an_inspection_opens_without_a_complaint_and_fits(browser: Tab, tmp_path
         assert len(charts) == 5
         assert all(chart["width"] > 250 and chart["height"] > 50 for chart in charts)
         assert all(chart["outside"] == 0 for chart in charts)
+
+
+def test_accuracies_intervals_and_published_figures_fit(browser: Tab, tmp_path: Path) -> None:
+    """A record of `compare --tasks` beside published figures, also with its folds open."""
+    draw = random.Random(0)
+    text = {"source": "wikitext2", "tokens": 81, "seqlen": 10}
+    rows = []
+    for method, rule in product(("bf16", "torq", "duquant++:steps=8:block=32"), ("floor", "even")):
+        losses = [draw.uniform(5.0, 9.0) for _ in range(9)]
+        tasks = {
+            task.label: {
+                "metric": "acc_norm",
+                "value": draw.random(),
+                "stderr": 0.02,
+                "metrics": {},
+                "documents": 9,
+                "shots": 0,
+                "truncated": 0,
+                "version": "1",
+                "prompts_sha256": "a",
+            }
+            for task in SUITES["acc7"]
+        }
+        plain = method == "bf16"
+        row = Row(
+            method=method,
+            rounding=None if plain else "gptq",
+            scale_rule=None if plain else rule,
+            perplexity=math.exp(sum(losses) / 81),
+            nll=sum(losses) / 81,
+            predictions=81,
+            seed=None if plain else 0,
+            outliers=None,
+            windows={"nll": losses},
+            tasks=tasks,
+            averages={"acc7": sum(each["value"] for each in tasks.values()) / 7},
+            provenance={"model": "Llama-3-8B", "evaluation": text},
+        )
+        rows += [] if plain and rule == "even" else [row]
+    path = tmp_path / "tasks.html"
+    published = read_published(RECORDS.parent / "published.toml")
+    record = Results(rows=tuple(rows), versions={"lm_eval": "1"})
+    path.write_text(page(record, published), encoding="utf-8")
+    for width, dark in ((1280, False), (400, True)):
+        browser.complaints.clear()
+        browser.open(path, width, dark=dark)
+        browser.value("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+        assert browser.complaints == []
+        assert browser.value("document.documentElement.scrollWidth") == width
+        charts: list[dict[str, Any]] = browser.value(CHARTS)
+        assert len(charts) == 2 * (1 + 1 + 7)
+        assert all(chart["width"] > 250 and chart["height"] > 50 for chart in charts)
+        assert all(chart["outside"] == 0 for chart in charts)
+        titles = browser.value("[...document.querySelectorAll('h2')].map((e) => e.textContent)")
+        assert {"Beside published figures", "Accuracy on tasks"} <= set(titles)
 
 
 def test_words_of_charts_can_be_read_in_both_modes(browser: Tab, report: Path) -> None:

@@ -64,7 +64,15 @@ BARS = Bars(
     x_axis="layer",
     y_axis="error",
 )
-ALL = (DOTS, replace(DOTS, bend=1.0, apart=True), HEAT, SCATTER, BARS)
+PLACED = replace(
+    DOTS,
+    dots=tuple(replace(each, interval=(each.mean - 1, each.mean + 9)) for each in DOTS.dots[:2]),
+    bounds=(1.0, 5.0),
+    origin=2.0,
+    band=(1.5, 2.5),
+)
+NOWHERE = replace(DOTS, origin=None)
+ALL = (DOTS, PLACED, NOWHERE, replace(DOTS, bend=1.0, apart=True), HEAT, SCATTER, BARS)
 
 
 def chart(drawing: Drawing) -> Chart:
@@ -113,6 +121,23 @@ def test_dots_show_zero_every_seed_and_failures() -> None:
         assert word in words
     assert "log beyond" not in words
     assert "loss, % (log beyond 1)" in svg(chart(replace(DOTS, bend=1.0)), "a")
+
+
+@needs_matplotlib
+def test_dots_show_intervals_and_the_place_that_they_are_measured_from() -> None:
+    (axes,) = charts._draw(PLACED).figure.axes
+    high = axes.get_xlim()[1]
+    lines = [list(line.get_xdata()) for line in axes.lines]  # type: ignore[arg-type]
+    assert [1.0, high] in lines  # 1 to 11, as far as there is room
+    assert [4.0, high] in lines
+    assert [2.0, 2.0] in lines
+    assert [0.0, 0.0] not in lines
+    (band,) = axes.patches
+    assert band.get_extents().transformed(axes.transData.inverted()).intervalx == pytest.approx(
+        (1.5, 2.5)
+    )
+    assert "(95 %: 1 to 11)" in svg(chart(PLACED), "a")
+    assert "BF16" not in svg(chart(NOWHERE), "a")
 
 
 @needs_matplotlib

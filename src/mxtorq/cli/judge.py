@@ -32,6 +32,7 @@ from mxtorq.options import (
     Markdown,
     Methods,
     MismatchTargets,
+    Original,
     Outliers,
     OutliersList,
     OwnFamily,
@@ -58,6 +59,7 @@ from mxtorq.options import (
 
 if TYPE_CHECKING:
     from mxtorq.config import EvaluationPlan, Recipe
+    from mxtorq.evaluation.tasks import TaskPlan
     from mxtorq.models.family import Family
     from mxtorq.reports.published import Published
 
@@ -74,6 +76,7 @@ DEMO_OUTLIERS = "qwen3-0.6b"
     "  mxtorq evaluate my-checkpoint --text wikitext2:wiki.test.raw --seqlen 2048 --json out.json"
     "\n\n"
     "  mxtorq evaluate my-checkpoint --targets vllm-blackwell,vllm-emulation"
+    "\n\n  mxtorq evaluate my-checkpoint --original ./llama --report fidelity.html"
     "\n\n  mxtorq evaluate my-checkpoint --tasks acc7 --json out.json --resume"
 )
 def evaluate(
@@ -87,6 +90,7 @@ def evaluate(
     outliers: Outliers = None,
     family: OwnFamily = None,
     targets: MismatchTargets = None,
+    original: Original = None,
     device: Device = "auto",
     tasks: Tasks = None,
     task_files: TaskFiles = None,
@@ -98,31 +102,17 @@ def evaluate(
     resume: Resume = False,
     report: Report = None,
 ) -> None:
-    """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4; with --tasks also accuracy."""
+    """Perplexity of MODEL in BF16, or of a checkpoint in MXFP4 W4A4; with --tasks also accuracy.
+
+    With --original also how far a checkpoint is from the model that it was made from.
+    """
     with speaking("the tasks that were finished are in the --json record, if you named one"):
         from mxtorq import pipeline
         from mxtorq.config import parse_family, parse_target, plan_from
-        from mxtorq.evaluation.tasks import TaskPlan, parse_tasks
 
         plan = plan_from(given(text=text, eval_tokens=eval_tokens, seqlen=seqlen))
         others = [parse_target(name) for name in (targets or "").split(",") if name]
-        asked = None
-        if tasks is None and (task_files, limit, batch_size) != (None, None, "auto"):
-            raise UsageError(
-                asked="--task-files, --limit or --batch-size",
-                found="no --tasks",
-                why="these say how tasks are asked, and none is",
-                todo="name tasks, as in --tasks acc7",
-            )
-        if tasks is not None:
-            asked = TaskPlan(
-                tasks=parse_tasks(tasks),
-                files=task_files,
-                limit=limit,
-                batch_size=whole_number("--batch-size", batch_size),
-                engine=engine,
-                tensor_parallel=tensor_parallel,
-            )
+        asked = _task_plan(tasks, task_files, limit, batch_size, engine, tensor_parallel)
         require_writable(json_path)
         require_report(report, json_path)
         done = resumed(json_path, resume) if asked is not None or resume else None
@@ -135,13 +125,15 @@ def evaluate(
                 device=device,
                 family=parse_family(family),
                 targets=others,
+                original=original,
                 progress=progress,
                 tasks=asked,
                 done=done,
                 save=lambda so_far: keep_record(json_path, so_far, done),
             )
         title = f"Perplexity of {model}"
-        report_results(signed(results, done), json_path, title, report_path=report)
+        signed_results = signed(results, done)
+        report_results(signed_results, json_path, title, report_path=report, fidelity=True)
 
 
 @app.command(
@@ -152,6 +144,7 @@ def evaluate(
     "  mxtorq compare ./llama --recipe recipes/torq.toml --recipe recipes/duquant++.toml"
     "\n\n  mxtorq compare NousResearch/Meta-Llama-3-8B --recipe recipes/paper-rtn.toml "
     "--against docs/published.toml"
+    "\n\n  mxtorq compare ./llama --tasks acc7 --task-files tasks --json results.json"
 )
 def compare(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "reference",
@@ -170,13 +163,20 @@ def compare(
     allow_unfit: Unfit = None,
     family: OwnFamily = None,
     device: Device = "auto",
+    tasks: Tasks = None,
+    task_files: TaskFiles = None,
+    limit: Limit = None,
+    batch_size: BatchSize = "auto",
     json_path: RecordJson = None,
     resume: Resume = False,
     markdown: Markdown = None,
     report: Report = None,
     against: Against = None,
 ) -> None:
-    """One table in one run: BF16 first, then methods x roundings x scale rules x seeds."""
+    """One table in one run: BF16 first, then methods x roundings x scale rules x seeds.
+
+    With --tasks every row also gets its accuracies, in a table of their own.
+    """
     shared = given(
         calibration=calibration,
         calibration_tokens=calibration_tokens,
@@ -205,7 +205,8 @@ def compare(
             {**agreed(plans), **given(text=text, eval_tokens=eval_tokens, seqlen=seqlen)}
         )
         own = parse_family(family)
-        records = json_path, model, own, resume, markdown, report, beside
+        asked = _task_plan(tasks, task_files, limit, batch_size)
+        records = json_path, model, own, resume, markdown, report, beside, asked
         _compare(model, recipes, plan, device, *records)
 
 
@@ -273,6 +274,36 @@ def demo(
                 OUT.print("It was a demonstration and is gone again; --out OUT keeps it.")
 
 
+def _task_plan(
+    tasks: str | None,
+    files: Path | None,
+    limit: int | None,
+    batch_size: str,
+    engine: str = "torch",
+    tensor_parallel: int = 1,
+) -> "TaskPlan | None":
+    """What --tasks and the options beside it ask; None without it."""
+    from mxtorq.evaluation.tasks import TaskPlan, parse_tasks
+
+    if tasks is None and (files, limit, batch_size) != (None, None, "auto"):
+        raise UsageError(
+            asked="--task-files, --limit or --batch-size",
+            found="no --tasks",
+            why="these say how tasks are asked, and none is",
+            todo="name tasks, as in --tasks acc7",
+        )
+    if tasks is None:
+        return None
+    return TaskPlan(
+        tasks=parse_tasks(tasks),
+        files=files,
+        limit=limit,
+        batch_size=whole_number("--batch-size", batch_size),
+        engine=engine,
+        tensor_parallel=tensor_parallel,
+    )
+
+
 def _compare(
     model: str,
     recipes: "list[Recipe]",
@@ -285,6 +316,7 @@ def _compare(
     markdown: Path | None = None,
     report: Path | None = None,
     against: "Published | None" = None,
+    tasks: "TaskPlan | None" = None,
 ) -> None:
     from mxtorq.comparison import compare
 
@@ -299,6 +331,7 @@ def _compare(
             device=device,
             family=family,
             progress=progress,
+            tasks=tasks,
             done=done,
             save=lambda so_far: keep_record(json_path, so_far, done),
         )

@@ -79,4 +79,4 @@ def report(
         added = report_against(read, beside) if isinstance(read, Results) else ""
         if markdown is not None:
             write_record(markdown, markdown_of(read) + added)
-        write_report(report, read)
+        write_report(report, read, beside)

@@ -20,6 +20,9 @@ endings). That text, and BoolQ in the second form, leave something out that the 
                  one context of a thousand
     BoolQ        the title in front of a passage ("Ethanol fuel -- ...")
 
+MMLU is 57 tasks and one file: each row has its ``subject``, and a file may hold some of them only.
+A task file is made for each, and the harness' own group of them with the members that are there.
+
 Nothing in the folder is run: rows are data, and a task file that may lie there is not read.
 """
 
@@ -27,16 +30,18 @@ import bz2
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from string import Template
 from typing import Any
 
 from mxtorq.errors import UsageError
-from mxtorq.evaluation.tasks import Asked
+from mxtorq.evaluation.tasks import KNOWN, SUITES, Asked
 from mxtorq.reading.documents import Refusal, parse_object, read_bytes, require_keys
+from mxtorq.specs import nearest, unknown
 
 _LONGEST = 256 * 2**20
 """Bytes of a file, and of what a compressed one holds: the largest real one has 12 MB."""
@@ -45,15 +50,20 @@ _SHIPPED = "mxtorq.evaluation"
 
 Row = dict[str, Any]
 
+_MMLU = {"question": str, "subject": str, "choices": list[str], "answer": int}
+
 _HUB: dict[str, dict[str, Any]] = {
     "arc_challenge": {"question": str, "choices": dict[str, list[str]], "answerKey": str},
     "arc_easy": {"question": str, "choices": dict[str, list[str]], "answerKey": str},
     "boolq": {"passage": str, "question": str, "label": int},
+    "gsm8k_llama": {"question": str, "answer": str},
     "hellaswag": {
         **dict.fromkeys(("activity_label", "ctx_a", "ctx_b", "label"), str),
         "endings": list[str],
     },
     "lambada_openai": {"text": str},
+    "mmlu": _MMLU,
+    "mmlu_cot_llama": _MMLU,
     "openbookqa": {"question_stem": str, "choices": dict[str, list[str]], "answerKey": str},
     "piqa": {**dict.fromkeys(("goal", "sol1", "sol2"), str), "label": int},
     "winogrande": dict.fromkeys(("sentence", "option1", "option2", "answer"), str),
@@ -61,7 +71,9 @@ _HUB: dict[str, dict[str, Any]] = {
 """The fields that the harness' definitions read."""
 
 _ALSO_CALLED = {
+    "gsm8k_llama": ("gsm8k.jsonl",),
     "hellaswag": ("hellaswag_val_full.txt", "hellaswag_val_full.txt.bz2"),
+    "mmlu_cot_llama": ("mmlu.jsonl",),
     "openbookqa": ("openbook_qa.jsonl",),
 }
 
@@ -84,11 +96,13 @@ def read_task(name: str, folder: Path) -> LocalTask:
         UsageError: there is no file of it, or it does not hold documents of that task.
     """
     if name not in _HUB:
+        near = nearest(name, [*SUITES, *_HUB])
+        hint = f"did you mean {', '.join(near)}? Otherwise " if near else ""
         raise UsageError(
             asked=f"the task {name!r} with --task-files",
             found=f"task files for {', '.join(_HUB)}",
             why="a folder has documents and no definitions, and of this task none is shipped",
-            todo="leave --task-files away to take its documents from the hub",
+            todo=f"{hint}leave --task-files away to take its documents from the hub",
         )
     path = _find(name, folder)
     refuse = Refusal(
@@ -118,14 +132,41 @@ def write_task_file(task: LocalTask, folder: Path, harness: Path) -> None:
     Args:
         harness: where the harness keeps its own tasks.
     """
-    documents = folder / f"{task.name}.jsonl"
-    text = "".join(json.dumps(row) + "\n" for row in task.rows)
+    if _HUB[task.name] is not _MMLU:
+        _fill(task.name, task.name, task.rows, folder, {"harness": harness})
+        return
+    import yaml  # a requirement of transformers and of the harness
+
+    own = harness / KNOWN[task.name].folder
+    by_subject: dict[str, list[Row]] = {}
+    for row in task.rows:
+        by_subject.setdefault(row["subject"], []).append(row)
+    for subject, rows in by_subject.items():
+        definition = own / f"mmlu_{subject}.yaml"
+        if not definition.is_file():
+            known = sorted(path.stem.removeprefix("mmlu_") for path in own.glob("mmlu_*.yaml"))
+            raise unknown(f"subject in {task.path}", subject, known)
+        _fill("mmlu", f"{task.name}_{subject}", rows, folder, {"definition": definition})
+    group = yaml.safe_load((own / f"_{task.name}.yaml").read_text(encoding="utf-8"))
+    group["task"] = [f"{task.name}_{subject}" for subject in sorted(by_subject)]
+    (folder / f"{task.name}.yaml").write_text(json.dumps(group), encoding="utf-8")
+
+
+def _fill(
+    shipped: str, name: str, rows: Sequence[Row], folder: Path, paths: Mapping[str, Path]
+) -> None:
+    """The task file of ours of that name with its paths, and the documents beside it."""
+    documents = folder / f"{name}.jsonl"
+    text = "".join(json.dumps(row) + "\n" for row in rows)
     documents.write_text(text, encoding="utf-8")
-    shipped = files(_SHIPPED).joinpath(f"task_files/{task.name}.yaml")
-    paths = {"harness": harness, "documents": documents, "cache": folder / "cache"}
-    quoted = {key: json.dumps(str(path))[1:-1] for key, path in paths.items()}
-    filled = Template(shipped.read_text(encoding="utf-8")).substitute(quoted)
-    (folder / f"{task.name}.yaml").write_text(filled, encoding="utf-8")
+    every = {**paths, "documents": documents, "cache": folder / "cache"}
+    quoted = {key: json.dumps(str(path))[1:-1] for key, path in every.items()}
+    template = Template(_shipped(shipped).read_text(encoding="utf-8"))
+    (folder / f"{name}.yaml").write_text(template.substitute(quoted), encoding="utf-8")
+
+
+def _shipped(name: str) -> Traversable:
+    return files(_SHIPPED).joinpath(f"task_files/{name}.yaml")
 
 
 def require_no_examples(asked: Asked, folder: Path) -> None:
@@ -170,10 +211,20 @@ def _unpacked(content: bytes, refuse: Refusal) -> bytes:
 def _row(name: str, line: str, number: int, refuse: Refusal) -> Row:
     row, where = parse_object(line, refuse), f"line {number}"
     hub = _HUB[name]
-    if not hub.keys() <= row.keys():
+    if not hub.keys() <= row.keys() and name in _CONVERSIONS:
         row = _CONVERSIONS[name](row, refuse, where)
     require_keys(row, hub, refuse, where)
+    if hub is _MMLU:
+        _require_lettered(row, refuse, where)
     return {field: row[field] for field in hub}
+
+
+def _require_lettered(row: Row, refuse: Refusal, where: str) -> None:
+    """Four choices, which the harness calls A to D, and a subject that may be part of a name."""
+    if len(row["choices"]) != 4 or not 0 <= row["answer"] < 4:
+        raise refuse(f"{where} with choice {row['answer']} of {len(row['choices'])}, not of 4")
+    if re.fullmatch(r"[a-z_]{1,50}", row["subject"]) is None:
+        raise refuse(f"{where} with the subject {row['subject']!r:.100}")
 
 
 def _question(row: Row, refuse: Refusal, where: str) -> tuple[str, list[str], int]:

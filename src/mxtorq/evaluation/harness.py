@@ -19,7 +19,7 @@ would run what a model writes is refused by the harness.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -43,10 +43,11 @@ class Counting:
 
     truncated = 0
     """Prompts whose beginning was dropped."""
+    task = "a task"
 
-    def count_for(self: Any, told: Callable[[int, int], None]) -> None:
+    def count_for(self: Any, task: str, told: Callable[[int, int], None]) -> None:
         """Begin a task: from now on ``told`` hears how many of its answers are there."""
-        self.truncated = 0
+        self.task, self.truncated = task, 0
         self.set_cache_hook(_Counter(told))
 
     def loglikelihood(self: Any, requests: list[Any], disable_tqdm: bool = True) -> Any:
@@ -59,10 +60,18 @@ class Counting:
         return super().loglikelihood_rolling(requests, disable_tqdm=True)  # type: ignore[misc]
 
     def generate_until(self: Any, requests: list[Any], disable_tqdm: bool = True) -> Any:
+        if self.tokenizer.eos_token_id is None:
+            raise ModelError(
+                asked=f"answers to {self.task}, which the model writes",
+                found="a tokenizer without an EOS token",
+                why="the harness ends an answer where the model does, which is at EOS",
+                todo="set eos_token in the model's tokenizer_config.json to the token that ended "
+                "texts when it was trained, or leave that task away",
+            )
         longest = max(each.args[1].get("max_gen_toks", self.max_gen_toks) for each in requests)
         if longest >= self.max_length:
             raise ModelError(
-                asked=f"answers of up to {longest} tokens, written by the model",
+                asked=f"answers to {self.task} of up to {longest} tokens, written by the model",
                 found=f"a model made for {self.max_length} positions",
                 why="no room is left for the question",
                 todo="leave that task away for this model",
@@ -75,7 +84,7 @@ class Counting:
         for _, context, answer in requests:
             if len(answer) > window:
                 raise ModelError(
-                    asked="the probability of an answer in a task",
+                    asked=f"the probability of an answer in {self.task}",
                     found=f"an answer of {len(answer)} tokens, a model made for {window} positions",
                     why="not even the answer fits in front of the model",
                     todo="leave that task away for this model",
@@ -149,7 +158,7 @@ def score_with(
             continue
         progress(asked.label, 0, 1)
         with silence():
-            scorer.count_for(partial(progress, asked.label))
+            scorer.count_for(asked.label, partial(progress, asked.label))
             result = _ask(scorer, asked, questions.loaded[asked.label], plan.limit)
         if asked.name in questions.sha256:
             result["documents_sha256"] = questions.sha256[asked.name]
@@ -202,14 +211,14 @@ def _ask(scorer: Any, asked: Asked, loaded: Any, limit: int | None) -> dict[str,
         "shots": max(found["n-shot"][name] for name in tasks),
         "version": str(found["versions"].get(asked.name)),
         "truncated": scorer.truncated,
-        "prompts_sha256": _prompts(tasks.values()),
+        "prompts_sha256": _prompts(tasks),
     }
 
 
-def _prompts(tasks: Any) -> str:
-    """SHA-256 over everything that the model was asked, in the order of documents."""
+def _prompts(tasks: Mapping[str, Any]) -> str:
+    """SHA-256 over everything that the model was asked: tasks by name, documents in their order."""
     digest = hashlib.sha256()
-    for task in tasks:
-        for instance in task.instances:
+    for name in sorted(tasks):
+        for instance in tasks[name].instances:
             digest.update(json.dumps(instance.args, default=str).encode())
     return digest.hexdigest()

@@ -89,8 +89,8 @@ def require_tokens(tokenizer: Any, tasks: Sequence[Asked]) -> None:
         raise ModelError(
             asked=f"the tasks {', '.join(task.label for task in tasks)}",
             found="a tokenizer with neither a BOS nor an EOS token",
-            why="the harness scores an answer without a prompt after BOS, or after EOS where there "
-            "is no BOS",
+            why="the harness begins a text with BOS where nothing is in front of it, and looks "
+            "whether prompts begin with it; where there is no BOS, it takes EOS",
             todo="set bos_token (or eos_token) in the model's tokenizer_config.json to the token "
             "that it was trained with",
         )

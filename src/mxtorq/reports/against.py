@@ -19,8 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mxtorq.reports.published import UNKNOWN, Protocol, Published, PublishedRow
-from mxtorq.reports.render import groups
-from mxtorq.reports.schema import Results, Row
+from mxtorq.reports.schema import Results, Row, groups
 
 _COLUMNS = (
     *("model", "row of ours", "scale rule", "figure", "ours", "published", "difference", "within"),
@@ -82,23 +81,37 @@ def against_tables(results: Results, published: Published) -> list[Table]:
     table = Table(
         title=f"Beside published figures ({escape(published.where)})",
         title_justify="left",
-        caption=escape(_note(published)),
+        caption=escape(against_note(published)),
         caption_justify="left",
     )
     for at, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if at in _FIGURES else "left", overflow="fold")
-    for line in lines_against(results, published):
-        table.add_row(*map(escape, _cells(line)))
+    for cells in against_cells(results, published)[1]:
+        table.add_row(*map(escape, cells))
     return [table]
 
 
 def against_markdown(results: Results, published: Published) -> str:
     """The comparison in Markdown."""
     rule = ["---:" if at in _FIGURES else "---" for at in range(len(_COLUMNS))]
-    cells = [[_plain(cell) for cell in _cells(each)] for each in lines_against(results, published)]
+    cells = [[_plain(cell) for cell in line] for line in against_cells(results, published)[1]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (list(_COLUMNS), rule, *cells))
     title = f"**Beside published figures ({_plain(published.where)})**"
-    return f"{title}\n\n{table}\n\n{_note(published)}\n"
+    return f"{title}\n\n{table}\n\n{against_note(published)}\n"
+
+
+def against_cells(results: Results, published: Published) -> tuple[list[str], list[list[str]]]:
+    """Headings, and a line a figure."""
+    return list(_COLUMNS), [_cells(line) for line in lines_against(results, published)]
+
+
+def against_note(published: Published) -> str:
+    """What a reader must know of the comparison."""
+    return (
+        "Difference: ours less the published figure, under the same scale rule only. Within: of a "
+        "tolerance, where the published row has one and the run was of its protocol. Published "
+        f"figures are those of {published.where}, whose top says what its keys mean."
+    )
 
 
 def _baselines(model: str, group: list[Row], published: Published) -> Iterator[Line]:
@@ -270,14 +283,6 @@ def _cells(line: Line) -> list[str]:
     ]
     told = [each or "-" for each in (line.within, line.called, line.differs, line.source)]
     return [line.model, line.ours, line.rule, line.figure, *figures, *told]
-
-
-def _note(published: Published) -> str:
-    return (
-        "Difference: ours less the published figure, under the same scale rule only. Within: of a "
-        "tolerance, where the published row has one and the run was of its protocol. Published "
-        f"figures are those of {published.where}, whose top says what its keys mean."
-    )
 
 
 def _plain(text: str) -> str:

@@ -27,24 +27,30 @@ class Dot:
     mean: float
     shown: str
     """The mean as written at the end of the line."""
+    interval: tuple[float, float] | None = None
+    """Where the figure lies at a level of 95 %, if that is known."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dots:
-    """Lines of dots around a zero that means something, each with its mean."""
+    """Lines of dots around a place that means something, each with its mean."""
 
     dots: tuple[Dot, ...]
     series: tuple[str, ...]
     """All of the page, so that colours mean the same in each chart."""
     axis: str
     zero: str
-    """What the line at zero is."""
+    """What the line at that place is."""
     bounds: tuple[float, float]
     """Of the values of all charts that are to be compared with this one."""
     bend: float | None
     """Where the axis turns logarithmic, on both sides of zero; nowhere if None."""
     apart: bool = False
     """Drawn hollow: figures of another kind than those beside them."""
+    origin: float | None = 0.0
+    """That place; None where there is none."""
+    band: tuple[float, float] | None = None
+    """Its own interval."""
 
 
 @dataclass(frozen=True, kw_only=True)

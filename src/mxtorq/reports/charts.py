@@ -85,11 +85,14 @@ def _dots(drawing: Dots) -> Sheet:
     axes.set_ylim(sum(heights), 0)
     axes.yaxis.set_visible(False)
     axes.grid(axis="x", linewidth=0.6)
-    axes.axvline(0, color=INK, linewidth=1.2)
     axes.set_xlabel(_axis(drawing.axis, drawing.bend))
-    high = axes.get_xlim()[1]
-    zero = axes.transData.transform((0, 0))[0]
-    sheet.text(zero, top - 8, drawing.zero, ha="center", size=SMALL)
+    low, high = axes.get_xlim()
+    if drawing.band is not None:
+        axes.axvspan(*drawing.band, color=MUTED, alpha=0.15, linewidth=0)
+    if drawing.origin is not None:
+        axes.axvline(drawing.origin, color=INK, linewidth=1.2)
+        place = axes.transData.transform((drawing.origin, 0))[0]
+        sheet.text(place, top - 8, drawing.zero, ha="center", size=SMALL)
     sheet.text(WIDTH - 4, top - 8, "mean", ha="right", size=SMALL, color=MUTED)
     sheet.legend(drawing.series, used, drawing.apart)
     at = 0.0
@@ -102,8 +105,13 @@ def _dots(drawing: Dots) -> Sheet:
         seeds = [min(value, high) for value in dot.values if not math.isnan(value)]
         if len(dot.values) > 1:
             axes.plot(seeds, [middle] * len(seeds), "|", color=MUTED, markersize=7)
-        mean = high if not math.isfinite(dot.mean) else min(dot.mean, high)
         told = f"{dot.label}, {dot.series}: {dot.shown}"
+        if dot.interval is not None:
+            ends = [min(max(end, low), high) for end in dot.interval]
+            colour = marker(series)["markeredgecolor"]
+            axes.plot(ends, [middle] * 2, "-", color=colour, linewidth=1.6, alpha=0.6)
+            told += f" (95 %: {short(dot.interval[0])} to {short(dot.interval[1])})"
+        mean = high if not math.isfinite(dot.mean) else min(dot.mean, high)
         how = marker(series, drawing.apart) | {"clip_on": False, "gid": sheet.tip(told)}
         if not math.isfinite(dot.mean):
             how |= {"marker": ">"}

@@ -31,15 +31,18 @@ from mxtorq.reports.blocks import (
 )
 from mxtorq.reports.charts import svg
 from mxtorq.reports.pages import Record, page_of
+from mxtorq.reports.published import Published
 
 
-def page(record: Record) -> str:
+def page(record: Record, published: Published | None = None) -> str:
     """The report of a record, as the text of an HTML file.
+
+    ``published`` are figures to set results beside; the page holds the record alone.
 
     Raises:
         UsageError: the plotting library is not there.
     """
-    return document(page_of(record))
+    return document(page_of(record, published))
 
 
 def document(page: Page) -> str:

@@ -19,7 +19,7 @@ from mxtorq.reports.fidelity import (
     interval_cell,
     marks,
 )
-from mxtorq.reports.schema import Results, Row, sqnr_db
+from mxtorq.reports.schema import Results, Row, groups, sqnr_db
 
 _COLUMNS = (
     "method",
@@ -97,16 +97,34 @@ def columns() -> list[str]:
 
 def fidelity_tables(results: Results) -> list[str]:
     """How far predictions and hidden states are from the baseline's, in Markdown."""
+    rule = ["---"] * _TEXT_COLUMNS + ["---:"] * len(FIDELITY_COLUMNS)
     pages = []
+    for title, header, lines in fidelity_cells(results):
+        pages += [f"**{title}**", _markdown_table([header, rule, *lines])]
+    return pages
+
+
+def fidelity_terminal(results: Results) -> list[Table]:
+    """The same for a terminal."""
+    tables = []
+    for title, header, lines in fidelity_cells(results):
+        table = Table(title=escape(title), title_justify="left")
+        for index, name in enumerate(header):
+            table.add_column(name, justify="left" if index < _TEXT_COLUMNS else "right")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        tables.append(table)
+    return tables
+
+
+def fidelity_cells(results: Results) -> Iterator[tuple[str, list[str], list[list[str]]]]:
+    """Of each part that was compared with a baseline: title, headings, and a line a method."""
     for title, part in parts(results):
         found = groups(part)
         heads = [_cells(group, None)[:_TEXT_COLUMNS] for group in found]
-        rule = ["---"] * _TEXT_COLUMNS + ["---:"] * len(FIDELITY_COLUMNS)
-        lines = fidelity_table(found, heads)
-        if lines:
-            table = [[*_COLUMNS[:_TEXT_COLUMNS], *FIDELITY_COLUMNS], rule, *lines]
-            pages += [f"**{title}: fidelity to BF16**", _markdown_table(table)]
-    return pages
+        if lines := fidelity_table(found, heads):
+            header = [*_COLUMNS[:_TEXT_COLUMNS], *FIDELITY_COLUMNS]
+            yield f"{title}: fidelity to BF16", header, lines
 
 
 def site_tables(results: Results) -> list[str]:
@@ -245,15 +263,6 @@ def footnote(results: Results) -> str:
 def _seeds(results: Results) -> str:
     seeds = sorted({row.seed for row in results.rows if row.seed is not None})
     return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-
-
-def groups(results: Results) -> list[list[Row]]:
-    """Rows that differ in their seed only: a line of the table each."""
-    found: dict[object, list[Row]] = {}
-    for row in results.rows:
-        key = (row.outliers, row.method, row.rounding, row.rules)
-        found.setdefault(key, []).append(row)
-    return list(found.values())
 
 
 def _cells(group: list[Row], baseline: Row | None, word: str = "-") -> list[str]:

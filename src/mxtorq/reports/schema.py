@@ -149,6 +149,15 @@ class Results:
         return cls(command=content["command"], rows=tuple(rows), versions=content["versions"])
 
 
+def groups(results: Results) -> list[list[Row]]:
+    """Rows that differ in their seed only: a line of the table each."""
+    found: dict[object, list[Row]] = {}
+    for row in results.rows:
+        key = (row.outliers, row.method, row.rounding, row.rules)
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
 def _require_sense(row: Row) -> None:
     errors = [*row.site_errors.values(), *row.layer_errors.values(), row.site_error or 0.0]
     if row.perplexity < 1 or any(error < 0 for error in errors):

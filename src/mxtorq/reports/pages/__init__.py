@@ -24,6 +24,7 @@ from mxtorq.reports.inspection import Inspection
 from mxtorq.reports.pages.checkpoint import checkpoint_page
 from mxtorq.reports.pages.comparison import results_page
 from mxtorq.reports.pages.inspection import inspection_page
+from mxtorq.reports.published import Published
 from mxtorq.reports.render import markdown as results_markdown
 from mxtorq.reports.schema import SCHEMA as RESULTS
 from mxtorq.reports.schema import Results
@@ -79,8 +80,10 @@ def read_record(text: str, where: str) -> Record:
     return record
 
 
-def page_of(record: Record) -> Page:
-    """What a report says of a record."""
+def page_of(record: Record, published: Published | None = None) -> Page:
+    """What a report says of a record, and of published figures beside results."""
+    if published is not None and isinstance(record, Results):
+        return results_page(record, published)
     return _kind(record).page(record)
 
 

@@ -8,7 +8,9 @@ what they lose.
 import json
 from dataclasses import replace
 
+from mxtorq.reports.against import against_cells, against_note
 from mxtorq.reports.blocks import Block, Charts, Code, Facts, Fold, Grid, Note, Page, Section
+from mxtorq.reports.pages.accuracies import accuracy_sections
 from mxtorq.reports.pages.checkpoint import facts_of
 from mxtorq.reports.pages.comparison_charts import cost_charts, loss_charts, place_charts
 from mxtorq.reports.pages.lines import (
@@ -22,20 +24,21 @@ from mxtorq.reports.pages.lines import (
     told,
 )
 from mxtorq.reports.pages.sites import site_chart
+from mxtorq.reports.published import Published
 from mxtorq.reports.render import (
     cells,
     columns,
+    fidelity_cells,
     footnote,
-    groups,
     mean_site_errors,
     parts,
     site_cells,
 )
-from mxtorq.reports.schema import Results
+from mxtorq.reports.schema import Results, groups
 
 
-def results_page(results: Results) -> Page:
-    """The page of one record."""
+def results_page(results: Results, published: Published | None = None) -> Page:
+    """The page of one record, and of published figures beside it if there are any."""
     lines = lines_of(results)
     models = dict.fromkeys(str(row.provenance.get("model", "a model")) for row in results.rows)
     compared = [line for line in lines if line.losses]
@@ -43,6 +46,11 @@ def results_page(results: Results) -> Page:
     if compared:
         sections.append(Section(title="Perplexity against BF16", blocks=loss_charts(compared)))
     sections.append(Section(title="All figures", blocks=_tables(results)))
+    if published is not None:
+        sections.append(
+            Section(title="Beside published figures", blocks=_beside(results, published))
+        )
+    sections += accuracy_sections(results, lines)
     if any(line.first.site_errors for line in lines):
         sections.append(Section(title="Where it is lost", blocks=_places(results, lines)))
     if costs := cost_charts(compared):
@@ -108,6 +116,10 @@ def _tables(results: Results) -> tuple[Block, ...]:
             rows = tuple(row for row in part.rows if row.outliers == outliers)
             blocks.append(_table(title, replace(part, rows=rows)))
     blocks.append(Note(footnote(results).partition("\n")[0]))
+    blocks += [
+        Grid(title=title, columns=tuple(header), lines=tuple(map(tuple, lines)))
+        for title, header, lines in fidelity_cells(results)
+    ]
     return tuple(blocks)
 
 
@@ -132,6 +144,13 @@ def _table(title: str, results: Results) -> Grid:
         lines=tuple(tuple(line[name] for name in order) for line in lines),
         strong=frozenset(strong),
     )
+
+
+def _beside(results: Results, published: Published) -> tuple[Block, ...]:
+    header, lines = against_cells(results, published)
+    title = f"Our rows beside those of {published.where}"
+    table = Grid(title=title, columns=tuple(header), lines=tuple(map(tuple, lines)))
+    return Note(against_note(published)), table
 
 
 def _places(results: Results, lines: list[Line]) -> tuple[Block, ...]:

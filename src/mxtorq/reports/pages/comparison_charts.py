@@ -23,6 +23,9 @@ from mxtorq.reports.pages.sites import by_kind, decibels
 from mxtorq.reports.render import mean_site_errors
 from mxtorq.reports.schema import sqnr_db
 
+_FAR = 1e4
+"""Percent beyond which the end of an interval gets no room of its own and is cut at the edge."""
+
 
 def loss_charts(lines: list[Line]) -> tuple[Block, ...]:
     """What each method loses, a chart a profile and rule."""
@@ -33,9 +36,12 @@ def loss_charts(lines: list[Line]) -> tuple[Block, ...]:
     )
     if several:
         note += " A mark is the mean of all seeds, the strokes beside it are single seeds."
+    if any(line.interval for line in lines):
+        note += " A line through a mark is the 95 % interval of its loss, paired over windows."
     bounds: dict[str | None, list[float]] = {}
     for line in lines:
         finite = [loss for loss in line.losses if math.isfinite(loss)]
+        finite += [end for end in line.interval or () if abs(end) < _FAR]
         bounds.setdefault(line.first.outliers, [0.0]).extend(finite)
     charts: dict[str, list[Chart]] = {}
     for profile, rule, panel in panels(lines):
@@ -54,6 +60,7 @@ def loss_charts(lines: list[Line]) -> tuple[Block, ...]:
                             values=line.losses,
                             mean=line.mean,
                             shown=percent(line.mean),
+                            interval=line.interval,
                         )
                         for line in panel
                     ),

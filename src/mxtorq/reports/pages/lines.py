@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mxtorq.reports.render import groups
-from mxtorq.reports.schema import Results, Row
+from mxtorq.reports.intervals import are_paired, difference
+from mxtorq.reports.schema import Results, Row, groups
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,8 @@ class Line:
 
     rows: list[Row]
     losses: tuple[float, ...]
+    interval: tuple[float, float] | None = None
+    """Where the mean of the losses lies at a level of 95 %, in percent."""
 
     @property
     def first(self) -> Row:
@@ -39,13 +41,13 @@ class Line:
 
 def lines_of(results: Results) -> list[Line]:
     """Without the baselines, best first within profile and rule; OCP before the others."""
-    base = {row.outliers: row.perplexity for row in results.rows if row.rounding is None}
+    base = {row.outliers: row for row in results.rows if row.rounding is None}
     lines = []
     for rows in groups(results):
         if rows[0].rounding is not None:
-            unquantized = base.get(rows[0].outliers)
-            losses = [100 * (r.perplexity / unquantized - 1) for r in rows] if unquantized else []
-            lines.append(Line(rows, tuple(losses)))
+            plain = base.get(rows[0].outliers)
+            losses = [100 * (r.perplexity / plain.perplexity - 1) for r in rows] if plain else []
+            lines.append(Line(rows, tuple(losses), _interval(rows, plain)))
     profiles = list(dict.fromkeys(line.first.outliers for line in lines))
     rules = list(dict.fromkeys(line.rule for line in lines))
 
@@ -56,6 +58,13 @@ def lines_of(results: Results) -> list[Line]:
         return profile, not line.first.ocp, rule, failed, loss
 
     return sorted(lines, key=order)
+
+
+def _interval(rows: list[Row], plain: Row | None) -> tuple[float, float] | None:
+    if plain is None or not are_paired([*rows, plain]):
+        return None
+    found = difference(rows, [plain])
+    return None if found is None else found.percent()
 
 
 def profile_of(row: Row) -> str:
