@@ -1,6 +1,7 @@
 # Two commands set everything up on a fresh machine with Python >= 3.11 and make:
 #   make demo    the whole path on the model inside the package, no network beyond the packages
 #   make test    the tests
+#   make docs    the documentation as a site that needs no network, in site/
 #   make test-vllm   serves checkpoints with vLLM's CPU build (3.4 GB, in .venv-vllm) and compares
 # Everything is installed into .venv here. On Linux, PyPI's torch brings CUDA libraries of several
 # gigabytes; install a CPU build into .venv first if you do not want them.
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-vllm lint format bench clean
+.PHONY: demo test test-vllm lint format docs bench clean
 
 demo: $(VENV)/.run
 	$(BIN)/mxtorq demo $(ARGS)
@@ -46,6 +47,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The banner is about another program. mkdocs.yml asks for strictness: a warning ends the build.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet $(ARGS)
+	@echo "open site/index.html"
+
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/bench.py --json docs/results/bench.json \
 		--markdown docs/results/bench.md $(ARGS)
@@ -62,9 +68,13 @@ $(VENV)/.dev: $(VENV)/.run
 	$(PIP) --editable '.[test,lint]'
 	@touch $@
 
+$(VENV)/.docs: $(VENV)/.run
+	$(PIP) --editable '.[docs]'
+	@touch $@
+
 $(VENV)/.bench: $(VENV)/.run
 	$(PIP) --editable '.[bench]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist
+	rm -rf $(VENV) $(VLLM) build dist site

@@ -144,7 +144,7 @@ def evaluate(
     "  mxtorq compare ./llama --recipe recipes/torq.toml --recipe recipes/duquant++.toml"
     "\n\n  mxtorq compare NousResearch/Meta-Llama-3-8B --recipe recipes/paper-rtn.toml "
     "--against docs/published.toml"
-    "\n\n  mxtorq compare ./llama --tasks acc7 --task-files tasks --json results.json"
+    "\n\n  mxtorq compare ./llama --tasks acc7 --task-files tasks --json tasks.json"
 )
 def compare(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "reference",

@@ -11,6 +11,7 @@ To add a method:
    no transform here expresses its result, add one with its ``kind``.
 2. Put it into `METHODS` (and a new transform into `KINDS`).
 3. Give it a test in ``tests/transforms/``; the contract test there runs over both tables.
+4. Write its page, ``docs/methods/NAME.md``, and its rows in ``docs/methods/README.md``.
 Without touching this package: name any importable one as ``package.module:ClassName``.
 """
 
