@@ -7,7 +7,7 @@ really have. One layer's statistics are in memory at a time.
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from mxtorq.calibration.capture import (
     LayerInput,
     advance_,
-    capture_hessians,
     capture_sites,
     each_first_input,
     reader_weights,
@@ -26,13 +25,12 @@ from mxtorq.calibration.experts import ExpertInputs, capture_experts
 from mxtorq.config import Recipe
 from mxtorq.export.manifest import SiteEntry
 from mxtorq.export.targets import carried
-from mxtorq.formats.scales import Scale
-from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.loading.at_rest import embedded, staged_
 from mxtorq.loading.source import Source, place
 from mxtorq.models.family import Family, Site
+from mxtorq.moments import expert_moments, groups_of, needs_hessians, rounding_moments_
 from mxtorq.ranks import SOLO, Ranks
-from mxtorq.sharing import Group, fitted_sites, round_sites_
+from mxtorq.sharing import fitted_sites, round_sites_
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.linear import linear_at
 from mxtorq.surgery.network import network
@@ -165,10 +163,10 @@ def quantize_layer_(
         name: carried(fitted[name], recipe.target, name, plain=_is_plain(layer, site))
         for name, site in sites.items()
     }
-    hessians = rounding_hessians_(layer, sites, inputs, fitted, statistics, recipe, ranks)
-    moments = expert_moments(fitted, recipe)
-    routed = capture_experts(layer, family.experts, sites, inputs, moments, ranks)
-    groups = partial(_groups_of, sites, hessians, statistics, routed)
+    moments = rounding_moments_(layer, sites, inputs, fitted, statistics, recipe, ranks)
+    through = expert_moments(fitted, recipe)
+    routed = capture_experts(layer, family.experts, sites, inputs, through, ranks)
+    groups = partial(groups_of, sites, moments, statistics, routed)
     scales = recipe.scale_rule, recipe.activation_rule
     errors = round_sites_(layer, sites, fitted, groups, recipe.rounding, *scales, ranks)
     entries = [
@@ -176,14 +174,6 @@ def quantize_layer_(
         for name, site in sites.items()
     ]
     return QuantizedLayer(fitted, entries, searching.seconds)
-
-
-def needs_hessians(recipe: Recipe) -> bool:
-    """Whether the second moments of the inputs are of use to a method or to a rounding."""
-    rounding = recipe.rounding
-    return recipe.method.needs_hessian or (
-        rounding.needs_hessian and not rounding.sees_rounded_inputs
-    )
 
 
 def choose_rotations(
@@ -243,82 +233,8 @@ def merge_diagonals_(
     }
 
 
-def rounding_hessians_(
-    layer: nn.Module,
-    sites: dict[str, Site],
-    inputs: Sequence[LayerInput],
-    transforms: Mapping[str, Transform],
-    statistics: dict[str, SiteStatistics],
-    recipe: Recipe,
-    ranks: Ranks = SOLO,
-) -> dict[str, Callable[[], Tensor]]:
-    """What gives a rounding the Hessian of each site's transformed inputs, when it asks: once.
-
-    ``statistics`` are left without second moments and weights, which nothing needs any more. So a
-    Hessian ends with the rounding that asked for it, and a weight when its linear is replaced.
-    """
-    rounding = recipe.rounding
-    plain = rounding.needs_hessian and not rounding.sees_rounded_inputs
-    moments = {}
-    for name, seen in list(statistics.items()):
-        statistics[name] = replace(seen, second_moment=None, weights=())
-        moments[name] = replace(
-            statistics[name], second_moment=seen.second_moment if plain else None
-        )
-    if rounding.sees_rounded_inputs:
-        through = {
-            name: partial(_through, transform, recipe.activation_rule)
-            for name, transform in transforms.items()
-        }
-        rounded = capture_hessians(layer, sites, inputs, through, ranks)
-        return {name: partial(rounded.pop, name) for name in sites}
-    return {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
-
-
-def expert_moments(
-    transforms: Mapping[str, Transform], recipe: Recipe
-) -> dict[str, Callable[[Tensor], Tensor]]:
-    """What is done to the inputs of experts before a rounding looks at them, if it does."""
-    if not recipe.rounding.compensates:
-        return {}
-    if recipe.rounding.sees_rounded_inputs:
-        return {
-            n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()
-        }
-    return {name: partial(_transformed, each) for name, each in transforms.items()}
-
-
-def site_groups(
-    site: Site,
-    hessian: Callable[[], Tensor],
-    statistics: SiteStatistics,
-    experts: list[ExpertInputs],
-) -> list[Group]:
-    """The linears of a site that are rounded together: all, or expert by expert.
-
-    An expert without a Hessian of its own takes that of the site, which is computed once for all.
-    """
-    if not experts:
-        return [Group(site.linears, hessian, statistics.sample)]
-    pooled = cache(hessian)
-    return [
-        Group(linears, expert.hessian or pooled, expert.sample)
-        for linears, expert in zip(site.groups, experts, strict=True)
-    ]
-
-
 def _fitted(recipe: Recipe, statistics: Mapping[str, SiteStatistics], name: str) -> Transform:
     return recipe.method.fit(statistics[name], recipe.seed)
-
-
-def _groups_of(
-    sites: Mapping[str, Site],
-    hessians: Mapping[str, Callable[[], Tensor]],
-    statistics: Mapping[str, SiteStatistics],
-    routed: Mapping[str, list[ExpertInputs]],
-    name: str,
-) -> list[Group]:
-    return site_groups(sites[name], hessians[name], statistics[name], routed.get(name, []))
 
 
 def _site_entry(
@@ -351,17 +267,3 @@ def _site_entry(
 def _is_plain(layer: nn.Module, site: Site) -> bool:
     """Whether no linear of a site has a bias or is an expert's."""
     return not site.experts and all(linear_at(layer, path).bias is None for path in site.linears)
-
-
-def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
-    return fake_quantize(transform.online(values.float()), scale)
-
-
-def _transformed(transform: Transform, values: Tensor) -> Tensor:
-    return transform.apply(values.float())
-
-
-def _take_hessian_(
-    statistics: dict[str, SiteStatistics], name: str, transform: Transform
-) -> Tensor:
-    return statistics.pop(name).transformed_hessian(transform, overwrite=True)

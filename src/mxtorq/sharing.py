@@ -19,6 +19,7 @@ from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.models.family import Site
 from mxtorq.ranks import SOLO, Ranks, shares
 from mxtorq.rounding.base import Rounding
+from mxtorq.rounding.correction import correct_
 from mxtorq.surgery.fuse import quantize_site_
 from mxtorq.surgery.linear import fused_weights, linear_at
 from mxtorq.transforms import KINDS
@@ -33,6 +34,9 @@ class Group(NamedTuple):
     """Gives the second moment of what they see, transformed."""
     sample: Tensor
     """Some of what they see."""
+    correction: Callable[[], Tensor] | None = None
+    """Gives what their transformed weights are multiplied with before they are rounded; asked
+    before ``hessian``."""
 
 
 def fitted_sites(
@@ -127,7 +131,10 @@ def round_groups(
     done = 0
     for group in groups:
         linears = [linear_at(layer, path) for path in group.linears]
-        codes = choose(fused_weights(linears, transform), group.hessian, scale)
+        weight = fused_weights(linears, transform)
+        if group.correction is not None:
+            correct_(weight, group.correction())
+        codes = choose(weight, group.hessian, scale)
         if len(groups) == 1:
             kept = codes
             break

@@ -9,16 +9,18 @@ shall be exact, the ranks take their steps together and hand each other what the
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from mxtorq.calibration.statistics import SiteAccumulator
+from mxtorq.calibration.statistics import PairAccumulator, SiteAccumulator
 from mxtorq.models.family import Family, Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.transforms.base import SiteStatistics
+
+_Accumulator = TypeVar("_Accumulator", bound=SiteAccumulator)
 
 BATCH_TOKENS = 4096
 """Tokens a forward pass works on, at least one window."""
@@ -134,7 +136,13 @@ def capture_sites(
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    accumulators = _record(layer, sites, inputs, seed, {}, hessians, ranks)
+    accumulators = _record(
+        layer,
+        sites,
+        inputs,
+        lambda name, width, tokens: SiteAccumulator(name, width, tokens, seed, hessians, ranks),
+        ranks,
+    )
     return {
         name: accumulators[name].finish(site.name, reader_weights(layer, site))
         for name, site in sites.items()
@@ -154,8 +162,50 @@ def capture_hessians(
     Raises:
         ModelError: an activation is NaN or Inf.
     """
-    accumulators = _record(layer, sites, inputs, 0, through, True, ranks)
+    accumulators = _record(
+        layer,
+        sites,
+        inputs,
+        lambda name, width, tokens: SiteAccumulator(name, width, tokens, 0, ranks=ranks),
+        ranks,
+        through,
+    )
     return {name: accumulator.take_hessian() for name, accumulator in accumulators.items()}
+
+
+class Pair(NamedTuple):
+    """What became of a site's inputs."""
+
+    hessian: Float64[Tensor, "d d"]
+    """The second moment of the rounded ones."""
+    cross: Float64[Tensor, "d d"]
+    """E[x^T x^] of plain and rounded ones."""
+
+
+@torch.no_grad()
+def capture_pairs(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: Sequence[LayerInput],
+    before: Mapping[str, Callable[[Tensor], Tensor]],
+    after: Mapping[str, Callable[[Tensor], Tensor]],
+    ranks: Ranks = SOLO,
+) -> dict[str, Pair]:
+    """Both moments of what two functions of each site make of its inputs.
+
+    Raises:
+        ModelError: an activation is NaN or Inf.
+    """
+    accumulators = _record(
+        layer,
+        sites,
+        inputs,
+        lambda name, width, _: PairAccumulator(name, width, before[name], after[name], ranks),
+        ranks,
+    )
+    return {
+        name: Pair(each.take_hessian(), each.take_cross()) for name, each in accumulators.items()
+    }
 
 
 def reader_weights(layer: nn.Module, site: Site) -> tuple[Tensor, ...]:
@@ -198,21 +248,22 @@ def _record(
     layer: nn.Module,
     sites: dict[str, Site],
     inputs: Sequence[LayerInput],
-    seed: int,
-    through: Mapping[str, Callable[[Tensor], Tensor]],
-    hessians: bool = True,
-    ranks: Ranks = SOLO,
-) -> dict[str, SiteAccumulator]:
+    make: Callable[[str, int, int], _Accumulator],
+    ranks: Ranks,
+    through: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> dict[str, _Accumulator]:
+    """``make`` gives a site's accumulator from its name, its width and how many inputs it will
+    have; ``through`` is what is done to them before it gets them."""
+    looks = through or {}
     steps, tokens = turns(inputs, ranks)
     widths = {name: reader_weights(layer, site)[0].shape[1] for name, site in sites.items()}
     accumulators = {
-        name: SiteAccumulator(name, widths[name], tokens * site.passes, seed, hessians, ranks)
-        for name, site in sites.items()
+        name: make(name, widths[name], tokens * site.passes) for name, site in sites.items()
     }
     heard: dict[str, list[Tensor]] = {name: [] for name in sites}  # in a step that is exact
 
     def recorder(name: str) -> Any:
-        seen = through.get(name, lambda values: values)
+        seen = looks.get(name, lambda values: values)
         take = heard[name].append if ranks.exact else accumulators[name].add
         return lambda module, args: take(seen(args[0]))
 

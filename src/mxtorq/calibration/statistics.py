@@ -26,7 +26,7 @@ bit in any case, every rank is given all tokens in their order instead and adds 
 the Hessian only: the others stay zero, and adding zeros is exact.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -138,6 +138,42 @@ class SiteAccumulator:
             sample=torch.cat(self._sample),
             weights=weights,
         )
+
+
+class PairAccumulator(SiteAccumulator):
+    """Collects what inputs are before and after their rounding: the second moment of the rounded
+    ones, and the cross moment of both."""
+
+    def __init__(
+        self,
+        site: str,
+        width: int,
+        before: Callable[[Tensor], Tensor],
+        after: Callable[[Tensor], Tensor],
+        ranks: Ranks = SOLO,
+    ) -> None:
+        """``before`` and ``after`` give both from the inputs as they come, in float32."""
+        super().__init__(site, width, 0, 0, ranks=ranks)
+        self._before, self._after = before, after
+        self._cross = torch.zeros(width, width, dtype=torch.float64)
+
+    def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
+        before, after = (f(inputs.flatten(0, -2)) for f in (self._before, self._after))
+        super().add(after)
+        self._cross = self._cross.to(after.device)
+        parts = zip(before.split(TOKENS_AT_ONCE), after.split(TOKENS_AT_ONCE), strict=True)
+        for plain, rounded in parts:
+            for panel in self._panels:
+                self._cross[panel] += plain[:, panel].T @ rounded
+
+    def join_(self) -> None:
+        super().join_()
+        self._cross = self._ranks.sum_(self._cross)
+
+    def take_cross(self) -> Float64[Tensor, "d d"]:
+        """E[x^T x^], the plain inputs' channels down the rows. It ends here."""
+        moment, self._cross = self._cross, self._cross.new_empty(0, 0)
+        return moment.div_(self._seen)
 
 
 def channel_amax(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:

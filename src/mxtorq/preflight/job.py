@@ -15,7 +15,7 @@ from mxtorq.config import Recipe
 from mxtorq.loading.source import Source
 from mxtorq.loading.writer import outside_layers
 from mxtorq.models.family import SiteName
-from mxtorq.quantization import needs_hessians
+from mxtorq.moments import needs_hessians
 from mxtorq.surgery.linear import linear_at
 
 BF16 = 2

@@ -193,8 +193,10 @@ def dequantized(job: Job) -> int:
 
 
 def moments(job: Job) -> int:
-    """The Hessian of each site of a layer: 8 d^2."""
-    return sum(_DOUBLE * site.width**2 for site in job.sites) if job.hessians else 0
+    """The Hessian of each site of a layer: 8 d^2. A rounding that corrects weights for what it
+    does to inputs has that of plain inputs, of rounded ones and across: three times that."""
+    each = 3 if job.recipe.rounding.corrects_inputs else 1
+    return each * sum(_DOUBLE * site.width**2 for site in job.sites) if job.hessians else 0
 
 
 def expert_moments(job: Job) -> int:
@@ -223,6 +225,8 @@ def rounding(job: Job, site: SiteSizes) -> int:
     if not job.recipe.rounding.needs_hessian:
         return own
     copies = 2 * _FLOAT + (_DOUBLE if site.experts else 0)
+    if job.recipe.rounding.corrects_inputs:  # before the triangles: a system, its factor, a target
+        copies = max(copies, 4 * _DOUBLE)
     return own + copies * site.width**2 + site.width**2 // 4 + 12 * min(_CHUNK, site.stacked)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from mxtorq.errors import ModelError
@@ -26,6 +26,21 @@ class Rounding(ABC):
     def sees_rounded_inputs(self) -> bool:
         """Whether ``hessian`` shall be that of the inputs *after* their own rounding to MXFP4."""
         return False
+
+    @property
+    def corrects_inputs(self) -> bool:
+        """Whether weights shall be changed by `correction` before they are rounded."""
+        return False
+
+    def correction(
+        self,
+        plain: Float64[Tensor, "d d"],
+        rounded: Float64[Tensor, "d d"],
+        cross: Float64[Tensor, "d d"],
+    ) -> Float64[Tensor, "d d"]:
+        """What transformed weights are multiplied with, so that outputs from rounded inputs are
+        near those from plain ones; the arguments are those of `rounding.correction`."""
+        raise NotImplementedError
 
     @property
     def compensates(self) -> bool:

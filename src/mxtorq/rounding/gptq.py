@@ -34,6 +34,7 @@ from mxtorq.formats.scales import NonOCPScale, Scale, ScaledE2M1, assemble
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import Backend
 from mxtorq.rounding.base import Rounding
+from mxtorq.rounding.correction import correction
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 from mxtorq.rounding.factor import Factor, factorize, factorize_
 from mxtorq.rounding.goal import Sums, better_rows, no_sums
@@ -61,10 +62,12 @@ class GroupScales(StrEnum):
 
 
 class Inputs(StrEnum):
-    """Which inputs the Hessian is of: as they are, or after their own rounding to MXFP4."""
+    """Which inputs the Hessian is of: as they are, or after their own rounding to MXFP4; corrected
+    is rounded, for weights that were fitted to it beforehand (`correction`)."""
 
     PLAIN = "plain"
     ROUNDED = "rounded"
+    CORRECTED = "corrected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +82,10 @@ class GPTQ(Rounding):
     """Exponents that are tried for a group: 1 (the rule's) or 3 (its neighbours too)."""
     inputs: Inputs = Inputs.PLAIN
     """``rounded`` is DuQuant++'s: the Hessian of the activations that the weight will meet."""
+    coherence: float = 3.0
+    """Of ``corrected``: how much more a fixed error of the signal counts than noise."""
+    ridge: float = 0.001
+    """Of ``corrected``: what a change of the weights costs."""
     block: int = 128
     """Columns between two updates of all later ones: speed alone."""
 
@@ -91,6 +98,15 @@ class GPTQ(Rounding):
                 why="channels that depend on each other leave the Hessian without an inverse",
                 todo="pass a small positive number such as 0.01",
             )
+        for name, value in (("coherence", self.coherence), ("ridge", self.ridge)):
+            if not 0 <= value < float("inf") or (name == "ridge" and value == 0):
+                raise UsageError(
+                    asked=f"{name}={value}",
+                    found="a number that is negative or not finite, or a ridge of zero",
+                    why="the weights are fitted by least squares with these as penalties",
+                    todo="pass coherence=0 for the plain fit or a small number such as 3, and a "
+                    "positive ridge such as 0.001",
+                )
         if self.block < BLOCK or self.block % BLOCK:
             raise UsageError(
                 asked=f"block={self.block}",
@@ -113,7 +129,19 @@ class GPTQ(Rounding):
 
     @property
     def sees_rounded_inputs(self) -> bool:
-        return self.inputs is Inputs.ROUNDED
+        return self.inputs is not Inputs.PLAIN
+
+    @property
+    def corrects_inputs(self) -> bool:
+        return self.inputs is Inputs.CORRECTED
+
+    def correction(
+        self,
+        plain: Float64[Tensor, "d d"],
+        rounded: Float64[Tensor, "d d"],
+        cross: Float64[Tensor, "d d"],
+    ) -> Float64[Tensor, "d d"]:
+        return correction(plain, rounded, cross, ridge=self.ridge, coherence=self.coherence)
 
     def check(self, scale: Scale) -> None:
         require_scale(self.exponents, scale)

@@ -1,0 +1,158 @@
+"""What a rounding is told of the inputs: their moments, as they are or as rounding leaves them.
+
+A rounding asks for a Hessian when it comes to a site, and it ends with that, so that one site's
+matrices are in memory beside those that still wait. Which moments there are is the rounding's
+choice: of plain inputs, which calibration has summed up already; of rounded ones, in one more pass
+over the layer; or of both and across, from which weights are corrected for what rounding does to
+inputs (`rounding.correction`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache, partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mxtorq.calibration.capture import LayerInput, Pair, capture_hessians, capture_pairs
+from mxtorq.calibration.experts import ExpertInputs
+from mxtorq.config import Recipe
+from mxtorq.formats.scales import Scale
+from mxtorq.kernels.dispatch import fake_quantize
+from mxtorq.models.family import Site
+from mxtorq.ranks import SOLO, Ranks
+from mxtorq.rounding.base import Rounding
+from mxtorq.sharing import Group
+from mxtorq.transforms.base import SiteStatistics, Transform
+
+
+class Moments(NamedTuple):
+    """Of a site's transformed inputs; each may be asked for once."""
+
+    hessian: Callable[[], Tensor]
+    """The second moment that a rounding works with."""
+    correction: Callable[[], Tensor] | None = None
+    """What transformed weights are multiplied with beforehand, asked for before ``hessian``."""
+
+
+def needs_hessians(recipe: Recipe) -> bool:
+    """Whether the second moments of the inputs are of use to a method or to a rounding."""
+    rounding = recipe.rounding
+    return recipe.method.needs_hessian or (
+        rounding.needs_hessian and (rounding.corrects_inputs or not rounding.sees_rounded_inputs)
+    )
+
+
+def rounding_moments_(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: Sequence[LayerInput],
+    transforms: Mapping[str, Transform],
+    statistics: dict[str, SiteStatistics],
+    recipe: Recipe,
+    ranks: Ranks = SOLO,
+) -> dict[str, Moments]:
+    """What gives a rounding the moments of each site's transformed inputs, when it asks: once.
+
+    ``statistics`` are left without second moments and weights, which nothing needs any more. So a
+    Hessian ends with the rounding that asked for it, and a weight when its linear is replaced.
+    """
+    rounding = recipe.rounding
+    keeps = needs_hessians(recipe) and (
+        rounding.corrects_inputs or not rounding.sees_rounded_inputs
+    )
+    moments = {}
+    for name, seen in list(statistics.items()):
+        statistics[name] = replace(seen, second_moment=None, weights=())
+        moments[name] = replace(
+            statistics[name], second_moment=seen.second_moment if keeps else None
+        )
+    plain = {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
+    if not rounding.sees_rounded_inputs:
+        return {name: Moments(plain[name]) for name in sites}
+    through = {n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()}
+    if not rounding.corrects_inputs:
+        rounded = capture_hessians(layer, sites, inputs, through, ranks)
+        return {name: Moments(partial(rounded.pop, name)) for name in sites}
+    before = {name: partial(_transformed, each) for name, each in transforms.items()}
+    pairs = capture_pairs(layer, sites, inputs, before, through, ranks)
+    return {
+        name: Moments(
+            partial(_take_rounded_, pairs, name),
+            partial(_correction, rounding, plain[name], pairs, name),
+        )
+        for name in sites
+    }
+
+
+def expert_moments(
+    transforms: Mapping[str, Transform], recipe: Recipe
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What is done to the inputs of experts before a rounding looks at them, if it does."""
+    if not recipe.rounding.compensates:
+        return {}
+    if recipe.rounding.sees_rounded_inputs:
+        return {
+            n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()
+        }
+    return {name: partial(_transformed, each) for name, each in transforms.items()}
+
+
+def site_groups(
+    site: Site,
+    moments: Moments,
+    statistics: SiteStatistics,
+    experts: list[ExpertInputs],
+) -> list[Group]:
+    """The linears of a site that are rounded together: all, or expert by expert.
+
+    An expert without a Hessian of its own takes that of the site, which is computed once for all.
+    What corrects weights for rounded inputs is the site's for all experts: they share the transform
+    and its blocks, and so what rounding does to an input.
+    """
+    if not experts:
+        return [Group(site.linears, moments.hessian, statistics.sample, moments.correction)]
+    pooled = cache(moments.hessian)
+    shared = None if moments.correction is None else cache(moments.correction)
+    return [
+        Group(linears, expert.hessian or pooled, expert.sample, shared)
+        for linears, expert in zip(site.groups, experts, strict=True)
+    ]
+
+
+def groups_of(
+    sites: Mapping[str, Site],
+    moments: Mapping[str, Moments],
+    statistics: Mapping[str, SiteStatistics],
+    routed: Mapping[str, list[ExpertInputs]],
+    name: str,
+) -> list[Group]:
+    """The groups of the site called ``name``."""
+    return site_groups(sites[name], moments[name], statistics[name], routed.get(name, []))
+
+
+def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
+    return fake_quantize(transform.online(values.float()), scale)
+
+
+def _transformed(transform: Transform, values: Tensor) -> Tensor:
+    return transform.apply(values.float())
+
+
+def _take_hessian_(
+    statistics: dict[str, SiteStatistics], name: str, transform: Transform
+) -> Tensor:
+    return statistics.pop(name).transformed_hessian(transform, overwrite=True)
+
+
+def _take_rounded_(pairs: dict[str, Pair], name: str) -> Tensor:
+    return pairs.pop(name).hessian
+
+
+def _correction(
+    rounding: Rounding,
+    plain: Callable[[], Tensor],
+    pairs: Mapping[str, Pair],
+    name: str,
+) -> Tensor:
+    return rounding.correction(plain(), *pairs[name])
