@@ -25,7 +25,7 @@ from mxtorq.ranks import Ranks, ranks_from_environment
 
 CASES = [
     ("llama", "torq", "gptq", True),
-    ("llama", "smoothquant:sites=all", "gptq:inputs=rounded", True),  # diagonals that are merged
+    ("llama", "smoothquant:sites=all", "gptq:inputs=corrected", True),  # diagonals that are merged
     ("qwen3", "quarot", "rtn", True),  # rotations of the whole model
     ("qwen3_moe", "torq", "gptq", True),
     # Not told to be exact. A float64 sum of n float32 numbers rounds only where one of them is

@@ -28,6 +28,8 @@ class Spy(Rounding):
 
     rounded: bool = False
     compensating: bool = False
+    correcting: bool = False
+    moments: ClassVar[list[tuple[torch.Tensor, ...]]] = []
     seen: ClassVar[list[tuple[torch.Tensor, torch.Tensor]]] = []
 
     @property
@@ -37,6 +39,14 @@ class Spy(Rounding):
     @property
     def compensates(self) -> bool:
         return self.compensating
+
+    @property
+    def corrects_inputs(self) -> bool:
+        return self.correcting
+
+    def correction(self, *moments: torch.Tensor) -> torch.Tensor:
+        self.moments.append(moments)
+        return 2.0 * torch.eye(len(moments[0]), dtype=torch.float64)
 
     def round(
         self, weight: torch.Tensor, hessian: Callable[[], torch.Tensor], scale: Scale
@@ -92,6 +102,43 @@ def test_a_rounding_gets_stacked_weights_and_the_hessian_of_their_inputs(
         stacked = rest[name].fuse(statistics[name].weight).float()
         assert torch.equal(weight, stacked)
     assert len(Spy.seen) == 8
+
+
+@pytest.mark.parametrize("method", ["wush", "smoothquant:sites=all"])
+def test_a_correction_gets_the_moments_of_plain_and_rounded_inputs(
+    method: str, tiny_folders: dict[str, Path], story: Path
+) -> None:
+    recipe = settings(story, method, Spy(rounded=True, correcting=True))
+    source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    untouched = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
+    windows = pipeline.calibrate(source, recipe)
+    Spy.seen.clear()
+    Spy.moments.clear()
+    quantize_(source, windows.ids, recipe, pipeline.silent)
+    assert len(Spy.moments) == len(Spy.seen) == 8
+
+    family = untouched.family
+    layer = untouched.model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    statistics = capture_sites(
+        layer, sites, first_layer_inputs(untouched.model, family, windows.ids), recipe.seed
+    )
+    fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
+    rest, statistics = merge_diagonals_(layer, sites, fitted, statistics)
+    seen = zip(Spy.moments, Spy.seen, strict=True)
+    for name, ((plain, rounded, cross), (weight, hessian)) in zip(sites, seen, strict=False):
+        rows = rest[name].apply(statistics[name].sample)  # all 512 tokens
+        after = mxfp4.fake_quantize(rows).double()
+        rows = rows.double()
+        assert torch.equal(hessian, rounded)
+        bound = 512 * torch.finfo(torch.float32).eps * (rows.T @ rows).diagonal().max() / len(rows)
+        assert (plain - rows.T @ rows / len(rows)).abs().max() <= bound, name
+        for found, expected in ((rounded, after.T @ after), (cross, rows.T @ after)):
+            # An activation next to a cut may fall to its other side.
+            assert (found - expected / len(rows)).norm() <= 1e-2 * found.norm(), name
+        assert (cross - cross.T).norm() > 0
+        stacked = rest[name].fuse(statistics[name].weight).float()
+        assert torch.equal(weight, 2.0 * stacked)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
@@ -226,7 +273,9 @@ def test_experts_are_rounded_with_the_hessian_of_their_own_tokens(
     assert 0 < pooled < 8  # both happen
 
 
-@pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptq:inputs=rounded"])
+@pytest.mark.parametrize(
+    "rounding", ["rtn", "gptq", "gptq:inputs=rounded", "gptq:inputs=corrected"]
+)
 def test_experts_get_the_codes_that_moments_beforehand_would_give(
     rounding: str, tiny_folders: dict[str, Path], story: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,7 +301,9 @@ def test_experts_get_the_codes_that_moments_beforehand_would_give(
     assert 0 < sum(pooled) < 4 * len(pooled)
 
 
-@pytest.mark.parametrize("rounding", ["rtn", "gptq", "gptq:inputs=rounded"])
+@pytest.mark.parametrize(
+    "rounding", ["rtn", "gptq", "gptq:inputs=rounded", "gptq:inputs=corrected"]
+)
 def test_experts_without_tokens_are_rounded_all_the_same(
     rounding: str, story: Path, tmp_path: Path
 ) -> None:

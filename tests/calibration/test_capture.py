@@ -8,6 +8,7 @@ from mxtorq.calibration.capture import (
     advance_,
     batches,
     capture_hessians,
+    capture_pairs,
     capture_sites,
     first_layer_inputs,
 )
@@ -76,6 +77,30 @@ def test_hessians_of_changed_inputs() -> None:
     for at, name in enumerate(sites):
         expected = plain[name].hessian * (at + 2.0) ** 2
         assert torch.allclose(found[name], expected, rtol=1e-12)
+
+
+def test_pairs_are_the_moments_before_and_after_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, model = FAMILIES["llama"], tiny_models.build("llama")
+    layer = model.get_submodule(f"{family.layers}.0")
+    sites = {site.name: site for site in family.sites}
+    windows = tiny_models.tokens(4, 32)
+    plain = capture_sites(layer, sites, first_layer_inputs(model, family, windows), seed=0)
+    monkeypatch.setattr("mxtorq.calibration.capture.BATCH_TOKENS", 64)  # several batches
+    inputs = first_layer_inputs(model, family, windows)
+    before = {name: lambda values: 2.0 * values for name in sites}
+    after = {name: lambda values: values.flip(-1).round(decimals=1) for name in sites}
+    found = capture_pairs(layer, sites, inputs, before, after)
+    for name in sites:
+        x = plain[name].sample  # all of the 128 tokens
+        one, two = 2.0 * x.double(), x.flip(-1).round(decimals=1).double()
+        # Float32 sums of at most 128 products: each off by so much of the sum of magnitudes.
+        bound = 129 * 2.0**-24 * (one.abs().T @ two.abs()) / len(x)
+        assert ((found[name].cross - one.T @ two / len(x)).abs() <= bound).all()
+        bound = 129 * 2.0**-24 * (two.abs().T @ two.abs()) / len(x)
+        assert ((found[name].hessian - two.T @ two / len(x)).abs() <= bound).all()
+        assert not torch.allclose(
+            found[name].cross, found[name].cross.T
+        )  # the sides are told apart
 
 
 def test_no_hook_stays_behind() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mxtorq.errors import UsageError
+from mxtorq.errors import FormatError, UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.rounding.correction import correct_, correction
@@ -127,6 +127,16 @@ def test_weights_are_corrected_in_float64_some_rows_at_a_time() -> None:
     expected = torch.cat([(w.double() @ matrix.double()).float() for w in weights.split(512)])
     correct_(weights, matrix.double())
     assert torch.equal(weights, expected)
+
+
+def test_moments_of_nothing_real_are_refused() -> None:
+    x, rounded = inputs(10)
+    plain, after, cross = moments(x, rounded)
+    with pytest.raises(FormatError, match="ridge"):
+        correction(plain, after - 2 * plain, cross, ridge=1e-3, coherence=0.0)
+    plain[0, 0] = -1.0
+    with pytest.raises(FormatError, match="ridge"):
+        correction(plain, after, cross, ridge=1.0, coherence=1.0)
 
 
 @pytest.mark.parametrize("options", [{"ridge": 0.0}, {"ridge": -1.0}, {"coherence": float("nan")}])

@@ -23,9 +23,11 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-_SOLID = 1e-6
+from mxtorq.errors import FormatError
+
+_SOLID = 1e-4
 """Of the mean diagonal, added to H before it is inverted: directions that no token had pull on
-nothing."""
+nothing, and what float32 sums leave of a zero eigenvalue is far below."""
 _ROWS = 512  # of a weight that are corrected at once
 
 
@@ -45,6 +47,9 @@ def correction(
         cross: C, E[x^T x^]; rows belong to the plain inputs.
         ridge: how much is paid for M - I, as a part of the mean diagonal of H.
         coherence: k, see above.
+
+    Raises:
+        FormatError: the moments are not those of any inputs.
     """
     width, level = len(plain), plain.diagonal().mean()
     if not level > 0:  # nothing was ever seen here
@@ -53,14 +58,14 @@ def correction(
     if coherence > 0:
         solid = plain.clone()
         solid.diagonal().add_(_SOLID * level)
-        lower = torch.linalg.cholesky(solid)
+        lower = _factor(solid)
         explained = torch.linalg.solve_triangular(lower, cross, upper=False)
         system.addmm_(explained.T, explained, alpha=coherence)
     target = cross.T.contiguous()
     for matrix, scale in ((system, 1.0 + coherence), (target, 1.0)):
         matrix.diagonal().add_(ridge * level * scale)
     target *= 1.0 + coherence
-    fitted: Tensor = torch.cholesky_solve(target, torch.linalg.cholesky(system))
+    fitted: Tensor = torch.cholesky_solve(target, _factor(system))
     return fitted.T.contiguous()
 
 
@@ -68,3 +73,18 @@ def correct_(weight: Float32[Tensor, "d_out d"], matrix: Float64[Tensor, "d d"])
     """Replace W' by W' M^T, in float64 and some rows at a time."""
     for rows in weight.split(_ROWS):
         rows.copy_(rows.double() @ matrix)
+
+
+def _factor(matrix: Float64[Tensor, "d d"]) -> Float64[Tensor, "d d"]:
+    lower: Tensor
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if bool(info):
+        raise FormatError(
+            asked=f"to correct weights for rounded inputs of {len(matrix)} channels",
+            found="moments without a Cholesky factor",
+            why="second moments have no negative eigenvalues, and these have some that the ridge "
+            "does not lift above zero",
+            todo="pass a larger ridge, such as ridge=0.1; if that fails, look at how the moments "
+            "were made (symmetric? in float64?), or choose inputs=rounded",
+        )
+    return lower

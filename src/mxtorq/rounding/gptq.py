@@ -84,7 +84,7 @@ class GPTQ(Rounding):
     """``rounded`` is DuQuant++'s: the Hessian of the activations that the weight will meet."""
     coherence: float = 3.0
     """Of ``corrected``: how much more a fixed error of the signal counts than noise."""
-    ridge: float = 0.001
+    ridge: float = 0.03
     """Of ``corrected``: what a change of the weights costs."""
     block: int = 128
     """Columns between two updates of all later ones: speed alone."""
@@ -105,7 +105,7 @@ class GPTQ(Rounding):
                     found="a number that is negative or not finite, or a ridge of zero",
                     why="the weights are fitted by least squares with these as penalties",
                     todo="pass coherence=0 for the plain fit or a small number such as 3, and a "
-                    "positive ridge such as 0.001",
+                    "positive ridge such as 0.03",
                 )
         if self.block < BLOCK or self.block % BLOCK:
             raise UsageError(
