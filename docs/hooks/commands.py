@@ -57,7 +57,7 @@ def _row(name: str, default: Any, kind: Any, about: Any) -> str:
     takes = about.metavar or _TYPES.get(_inner(kind), "PATH")
     if not names or _inner(kind) is bool:
         takes = ""
-    help_text = _BOLD.sub(r"`\1`", about.help or "").strip()
+    help_text = _BOLD.sub(r"`\1`", about.help or "").replace("\\[", "[").strip()
     if default is inspect.Parameter.empty:
         help_text += " **Required.**"
     elif default not in (None, False) and "[default:" not in help_text:

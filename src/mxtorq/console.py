@@ -260,7 +260,7 @@ def resumed(path: Path | None, resume: bool) -> Results | None:
         why="it cannot be read as a record of `mxtorq compare` or `mxtorq evaluate`",
         todo="name the file that --json wrote, or another one to start with",
     )
-    return Results.from_json(read_text(path, LONGEST, refuse))
+    return Results.from_json(read_text(path, LONGEST, refuse), refuse.asked)
 
 
 def keep_record(path: Path | None, results: Results, done: Results | None) -> None:

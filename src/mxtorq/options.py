@@ -37,27 +37,27 @@ RecipeFiles = Annotated[
     list[Path] | None,
     typer.Option("--recipe", metavar="FILE", help=f"{_RECIPE} Repeat it to compare recipes."),
 ]
-Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} [default: torq]")]
+Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} \\[default: torq]")]
 Methods = Annotated[
     str | None, typer.Option("--methods", help="Comma-separated; each as in quantize --method.")
 ]
-Rounding = Annotated[str | None, typer.Option("--rounding", help=f"{_ROUNDING} [default: rtn]")]
+Rounding = Annotated[str | None, typer.Option("--rounding", help=f"{_ROUNDING} \\[default: rtn]")]
 Roundings = Annotated[
-    str | None, typer.Option("--roundings", help=f"Comma-separated. {_ROUNDING} [default: rtn]")
+    str | None, typer.Option("--roundings", help=f"Comma-separated. {_ROUNDING} \\[default: rtn]")
 ]
 _RULES = "floor|even|rceil|ceil|floor6|uos"
 Rule = Annotated[
     str | None,
-    typer.Option("--scale-rule", metavar=_RULES, help=f"{_RULE} [default: floor]"),
+    typer.Option("--scale-rule", metavar=_RULES, help=f"{_RULE} \\[default: floor]"),
 ]
 Rules = Annotated[
-    str | None, typer.Option("--scale-rules", help=f"Comma-separated. {_RULE} [default: floor]")
+    str | None, typer.Option("--scale-rules", help=f"Comma-separated. {_RULE} \\[default: floor]")
 ]
 Target = Annotated[
-    str | None, typer.Option("--target", metavar=_TARGETS, help=f"{_TARGET} [default: mxtorq]")
+    str | None, typer.Option("--target", metavar=_TARGETS, help=f"{_TARGET} \\[default: mxtorq]")
 ]
 Targets = Annotated[
-    str | None, typer.Option("--targets", help=f"Comma-separated. {_TARGET} [default: mxtorq]")
+    str | None, typer.Option("--targets", help=f"Comma-separated. {_TARGET} \\[default: mxtorq]")
 ]
 MismatchTargets = Annotated[
     str | None,
@@ -79,33 +79,36 @@ Original = Annotated[
 ]
 Calibration = Annotated[
     str | None,
-    typer.Option("--calibration", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]"),
+    typer.Option("--calibration", metavar="FILE|NAME", help=f"{_TEXT_HELP} \\[default: stdlib]"),
 ]
 CalibrationTokens = Annotated[
     int | None,
     typer.Option(
         "--calibration-tokens",
-        help="Tokens to calibrate on, in whole windows. [default: 65536]",
+        help="Tokens to calibrate on, in whole windows. \\[default: 65536]",
     ),
 ]
 Text = Annotated[
-    str | None, typer.Option("--text", metavar="FILE|NAME", help=f"{_TEXT_HELP} [default: stdlib]")
+    str | None,
+    typer.Option("--text", metavar="FILE|NAME", help=f"{_TEXT_HELP} \\[default: stdlib]"),
 ]
 EvalTokens = Annotated[
     int | None,
-    typer.Option("--eval-tokens", help="Tokens to evaluate on. [default: the whole text]"),
+    typer.Option("--eval-tokens", help="Tokens to evaluate on. \\[default: the whole text]"),
 ]
 Seqlen = Annotated[
     int | None,
-    typer.Option("--seqlen", help="Window length. [default: 2048, or the model's limit if less]"),
+    typer.Option("--seqlen", help="Window length. \\[default: 2048, or the model's limit if less]"),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option("--seed", help="Of calibration, fitting and outlier placement. [default: 0]"),
+    typer.Option("--seed", help="Of calibration, fitting and outlier placement. \\[default: 0]"),
 ]
 Seeds = Annotated[
     str | None,
-    typer.Option("--seeds", help="Comma-separated; the table gives mean and spread. [default: 0]"),
+    typer.Option(
+        "--seeds", help="Comma-separated; the table gives mean and spread. \\[default: 0]"
+    ),
 ]
 Outliers = Annotated[
     str | None,
@@ -127,7 +130,7 @@ ActivationMemory = Annotated[
         "--activation-memory",
         metavar="SIZE",
         help="Up to how much, as in 4GB or 512MB, calibration activations stay in memory; more are "
-        "read from disk. [default: what is free, at most a quarter]",
+        "read from disk. \\[default: what is free, at most a quarter]",
     ),
 ]
 DryRun = Annotated[

@@ -109,7 +109,12 @@ def test_a_record_of_another_version(
 
     record.write_text(json.dumps({**content, "version": 2}))
     for arguments in ((*compared, "--resume"), ("report", record, "--markdown", tmp_path / "x")):
-        refused(*arguments, says=("version 2", "reads mxtorq.results version 1"))
+        teaching = (
+            "reads mxtorq.results version 1",
+            str(record),
+            "the release of mxtorq that wrote",
+        )
+        refused(*arguments, says=("version 2", *teaching))
     older = replace(good, versions={**good.versions, "torch": "1.0", "numpy": "1.1"})
     record.write_text(older.to_json())
     evaluated = ("evaluate", model, *small, "--json", record, "--resume")

@@ -38,6 +38,9 @@ def test_help_shows_verbs_options_and_examples() -> None:
     text = here("evaluate", "--help").stdout
     for option in [*asked, "--original", "--engine"]:
         assert option in text, option
+    words = "".join(here("inspect", "--help").stdout.replace("│", "").split())
+    for default in ("identity,hadamard,torq", "16384", "4096", "stdlib", "floor", "all"):
+        assert f"[default:{default}]" in words, default
 
 
 def test_quantize_inspect_evaluate_compare(

@@ -121,6 +121,8 @@ def test_the_page_of_commands_has_every_verb(site: Path) -> None:
         assert f"mxtorq {command.callback.__name__}</" in re.sub(r"<a class=.*?</a>", "</", text)
     for option in ("--calibration-tokens", "--undo-transforms", "--against", "--engine"):
         assert f"<code>{option}</code>" in text
+    assert "[default: 65536]" in text
+    assert r"\[" not in text
 
 
 def test_every_public_name_is_documented(site: Path) -> None:

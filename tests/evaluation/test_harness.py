@@ -181,7 +181,9 @@ def test_finished_tasks_are_not_asked_again(reference: Source, folders: dict[str
     again = score(reference, plan, done={"piqa": first["piqa"]}, progress=tell)
     assert again == {"boolq": first["boolq"]}
     assert {stage for stage, *_ in heard} == {"documents", "boolq"}
-    assert score(reference, plan, done=first) == {}
+    said: list[tuple[str, int, int]] = []
+    assert score(reference, plan, done=first, progress=lambda *at: said.append(at)) == {}
+    assert said == []  # and no bar of nothing
     with pytest.raises(UsageError, match="has changed since"):
         score(reference, plan, done={"piqa": {**first["piqa"], "documents_sha256": "0"}})
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mxtorq.export.manifest import Manifest, SiteEntry
+from mxtorq.reports.blocks import Grid, Page, Section
 from mxtorq.reports.html import document, page
 from mxtorq.reports.pages import markdown_of, page_of, read_record
 from mxtorq.reports.schema import Results, Row
@@ -222,6 +223,15 @@ def test_numbers_stand_on_the_right_and_can_be_sorted() -> None:
     assert any(attrs.get("data-value") == "0.02" for attrs in kinds)
     assert any(attrs.get("data-value") == "12345.0" for attrs in kinds)
     assert all(attrs.get("class") == "number" for attrs in kinds if "data-value" in attrs)
+
+
+def test_long_names_break_at_their_options_and_short_ones_nowhere() -> None:
+    lines = (("down_in", "qwen3-0.6b"), ("model.layers.0.down_in:a=b", "torq"))
+    grid = Grid(title="names", columns=("site", "outliers"), lines=lines)
+    parts = (Section(title="x", blocks=(grid,)),)
+    drawn = document(Page(title="t", lead="l", sections=parts, record="{}", file="r.json"))
+    assert '<th scope="row">down_in</th><td>qwen3-0.6b</td>' in drawn
+    assert "model.<wbr>layers.<wbr>0.<wbr>down_<wbr>in:<wbr>a=<wbr>b" in drawn
 
 
 def test_a_failed_method_is_shown_and_the_record_can_hold_what_json_cannot() -> None:

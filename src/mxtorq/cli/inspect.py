@@ -51,7 +51,7 @@ def inspect(
         typer.Option(
             "--methods",
             help="Comma-separated; each as in quantize --method. identity is always measured. "
-            f"[default: {METHODS}]",
+            f"\\[default: {METHODS}]",
         ),
     ] = None,
     sites: Annotated[
@@ -59,7 +59,7 @@ def inspect(
         typer.Option(
             "--sites",
             metavar="KIND|NAME,...",
-            help="qkv_in, o_in, gate_up_in, down_in, or full names. [default: all]",
+            help="qkv_in, o_in, gate_up_in, down_in, or full names. \\[default: all]",
         ),
     ] = None,
     sensitivity: Annotated[
@@ -73,13 +73,13 @@ def inspect(
     calibration: Calibration = None,
     calibration_tokens: Annotated[
         int | None,
-        typer.Option("--calibration-tokens", help=f"Tokens to measure on. [default: {TOKENS}]"),
+        typer.Option("--calibration-tokens", help=f"Tokens to measure on. \\[default: {TOKENS}]"),
     ] = None,
     text: Text = None,
     eval_tokens: Annotated[
         int | None,
         typer.Option(
-            "--eval-tokens", help=f"Tokens that --sensitivity is about. [default: {HARM_TOKENS}]"
+            "--eval-tokens", help=f"Tokens that --sensitivity is about. \\[default: {HARM_TOKENS}]"
         ),
     ] = None,
     seqlen: Seqlen = None,

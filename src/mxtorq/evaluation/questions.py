@@ -64,7 +64,8 @@ def opened(
     index = _index(todo, progress) if plan.files is None and todo else None
     loaded = {}
     with TemporaryDirectory() as scratch:
-        progress("documents", 0, len(todo))
+        if todo:  # a run that goes on after its last task has nothing to say here
+            progress("documents", 0, len(todo))
         for number, asked in enumerate(todo, 1):
             with silence():
                 if index is None:

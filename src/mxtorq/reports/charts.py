@@ -147,8 +147,8 @@ def _heat(drawing: Heat) -> Sheet:
     scale.pcolormesh(edges, [0, 1], [centres], clip_on=False, **how)
     scale.yaxis.set_visible(False)
     ticks(scale, "x", 5)
-    sheet.text(128, 9, "SQNR, dB", ha="right", color=MUTED, size=SMALL)
-    sheet.text(128, 22, "bright: less noise", ha="right", color=MUTED, size=SMALL)
+    sheet.text(120, 9, "SQNR, dB", ha="right", color=MUTED, size=SMALL)
+    sheet.text(120, 22, "bright: less noise", ha="right", color=MUTED, size=SMALL)
     for at, kind in enumerate(drawing.kinds):
         middle = left + at * (width + gap) + width / 2
         sheet.text(middle, 50 if at % 2 else 62, kind, ha="center", size=SMALL)

@@ -33,6 +33,9 @@ from mxtorq.reports.charts import svg
 from mxtorq.reports.pages import Record, page_of
 from mxtorq.reports.published import Published
 
+_SHORT = 24
+"""Characters of a name that stands on one line: of methods, profiles, kinds of site."""
+
 
 def page(record: Record, published: Published | None = None) -> str:
     """The report of a record, as the text of an HTML file.
@@ -158,8 +161,11 @@ def _line(line: tuple[str, ...], right: list[bool]) -> str:
 
 
 def _breakable(text: str) -> str:
-    """A name that a narrow column may break where an option or a layer begins."""
-    return re.sub(r"([:=_./])", r"\1<wbr>", escape(text))
+    """A long name, which a narrow column may break where an option or a layer begins.
+
+    A short one stays whole: ``down_in`` on two lines saves no width that anything needs.
+    """
+    return escape(text) if len(text) <= _SHORT else re.sub(r"([:=_./])", r"\1<wbr>", escape(text))
 
 
 def _side(is_number: bool) -> str:

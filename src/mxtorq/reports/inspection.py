@@ -13,13 +13,13 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from typing import Any
 
 from mxtorq.errors import UsageError
 from mxtorq.reading.documents import Refusal, fields_of, parse_object, require_keys
-from mxtorq.reports.schema import sqnr_db
+from mxtorq.reports.schema import OTHER_VERSION, sqnr_db
 
 SCHEMA = "mxtorq.inspection"
 VERSION = 1
@@ -190,14 +190,15 @@ class Inspection:
         return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Inspection":
+    def from_json(cls, text: str, where: str = "a record of an inspection") -> "Inspection":
         """Raises:
         UsageError: not a record of this schema and version, or one that contradicts itself.
         """
         content = parse_object(text, _refuse)
         schema, version = content.pop("schema", None), content.pop("version", None)
         if (schema, version) != (SCHEMA, VERSION):
-            raise _refuse(f"schema {schema!r:.100}, version {version!r:.100}")
+            refuse = replace(_refuse, asked=where, todo=OTHER_VERSION)
+            raise refuse(f"schema {schema!r:.100}, version {version!r:.100}")
         _each(content, "sites", _site)
         _each(content, "residual_tokens", lambda tokens: _list(tokens, Token))
         _each(content, "harm", lambda each: Harm(**fields_of(each, Harm, _refuse, "a harm")))

@@ -6,7 +6,7 @@ that changes its meaning, or goes, does.
 
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from mxtorq.errors import UsageError
@@ -45,6 +45,10 @@ _refuse = Refusal(
     asked="a record of results",
     why=f"this release reads {SCHEMA} version {VERSION}",
     todo="pass a file written by --json",
+)
+OTHER_VERSION = (
+    "read it with the release of mxtorq that wrote it, or run the command again with another "
+    "--json; `versions` and `command` in the file say which"
 )
 
 
@@ -130,14 +134,15 @@ class Results:
         return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Results":
+    def from_json(cls, text: str, where: str = "a record of results") -> "Results":
         """Raises:
         UsageError: not a record of this schema and version.
         """
         content = parse_object(text, _refuse)
         schema, version = content.get("schema"), content.get("version")
         if (schema, version) != (SCHEMA, VERSION):
-            raise _refuse(f"schema {schema!r:.100}, version {version!r:.100}")
+            refuse = replace(_refuse, asked=where, todo=OTHER_VERSION)
+            raise refuse(f"schema {schema!r:.100}, version {version!r:.100}")
         expected = {"rows": list[dict[str, Any]], "versions": dict[str, str], "command": str}
         require_keys(content, expected, _refuse, "a record")
         known = {f.name for f in fields(Row)}

@@ -45,14 +45,14 @@ class _Kind:
 _KINDS = {
     RESULTS: _Kind(
         record=Results,
-        read=lambda text, where: Results.from_json(text),
+        read=lambda text, where: Results.from_json(text, f"a report of {where}"),
         page=results_page,
         markdown=results_markdown,
     ),
     MANIFEST: _Kind(record=Manifest, read=Manifest.from_json, page=checkpoint_page),
     INSPECTION: _Kind(
         record=Inspection,
-        read=lambda text, where: Inspection.from_json(text),
+        read=lambda text, where: Inspection.from_json(text, f"a report of {where}"),
         page=inspection_page,
         markdown=imbalance.markdown,
     ),
