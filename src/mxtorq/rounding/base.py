@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
 
-from mxtorq.errors import ModelError
+from mxtorq.errors import ModelError, UsageError
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale, ScaledE2M1
 from mxtorq.kernels.dispatch import Backend
@@ -106,3 +106,31 @@ def require_finite(weight: Float32[Tensor, "d_out d"]) -> None:
             why="E2M1 has neither, and one of them makes its whole block NaN",
             todo="look for them in the model, then for a transform that is nearly singular",
         )
+
+
+def require_moment(
+    moment: Float64[Tensor, "..."], weight: Float32[Tensor, "d_out d"]
+) -> Float64[Tensor, "d d"]:
+    """The Hessian, if it is one of this weight's columns.
+
+    Raises:
+        UsageError: it is not [d, d].
+        ModelError: it holds NaN or Inf.
+    """
+    width = weight.shape[1]
+    if moment.shape != (width, width):
+        raise UsageError(
+            asked=f"GPTQ of a weight {tuple(weight.shape)}",
+            found=f"a Hessian {tuple(moment.shape)}",
+            why="it holds one moment for each pair of the weight's columns",
+            todo=f"pass the Hessian [{width}, {width}] of the same, transformed site",
+        )
+    # A sum costs a tenth of a look at each number, and may overflow.
+    if not bool(moment.sum().isfinite()) and not bool(torch.isfinite(moment).all()):
+        raise ModelError(
+            asked=f"GPTQ with a Hessian {tuple(moment.shape)}",
+            found="NaN or Inf in it",
+            why="some calibration input was not finite",
+            todo="evaluate the model without rounding first, or round with rtn",
+        )
+    return moment

@@ -92,13 +92,22 @@ def search_exponents(
     return scales
 
 
-def _search(blocks: Float32[Tensor, "n 32"], rule: ScaleRule) -> Float32[Tensor, " n"]:
+def candidates(
+    blocks: Float32[Tensor, "n 32"], rule: ScaleRule
+) -> tuple[Float32[Tensor, " n"], Float32[Tensor, " n"], Float32[Tensor, " n"]]:
+    """The scales that are tried for each block: the rule's own, its half and its double.
+
+    Bytes stay within 0..254, but for the NaN of a block that holds NaN or Inf.
+    """
     own = e8m0.encode_amax(e8m0.magnitude_bits(blocks).amax(-1), rule)
-    best = e8m0.decode(own)
+    half, double = ((own.int() + step).clamp(0, E8M0_MAX).to(torch.uint8) for step in (-1, 1))
+    return e8m0.decode(own), e8m0.decode(half), e8m0.decode(double)
+
+
+def _search(blocks: Float32[Tensor, "n 32"], rule: ScaleRule) -> Float32[Tensor, " n"]:
+    best, *others = candidates(blocks, rule)
     least = _squared_error(blocks, best)
-    for step in (-1, 1):
-        byte = (own.int() + step).clamp(0, E8M0_MAX).to(torch.uint8)
-        scale = e8m0.decode(byte)
+    for scale in others:
         error = _squared_error(blocks, scale)
         better = error < least  # never where the rule's own scale is NaN, and so ``least``
         best, least = torch.where(better, scale, best), torch.where(better, error, least)

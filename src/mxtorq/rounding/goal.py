@@ -85,7 +85,7 @@ def bounds(
 ) -> tuple[Float64[Tensor, " rows"], Float64[Tensor, " rows"]]:
     """Between which numbers the goals lie, from sums of at most ``terms`` float32 numbers each."""
     width, eps = len(factor.order), torch.finfo(torch.float64).eps
-    share = (terms + 4) * _unit()
+    share = (terms + 4) * unit()
     slack = sums.sizes.sqrt() * (math.sqrt(width) * share / (1 - share) if share < 1 else math.inf)
     slack += 2 * width * _LEAST * factor.pivots.norm()  # below the range of float32
     rest = 4 * width * (width + 2) * eps * sums.sizes
@@ -187,7 +187,7 @@ def _rows(codes: MXFP4 | ScaledE2M1, rows: Tensor | slice) -> MXFP4 | ScaledE2M1
     return type(codes)(*(part[rows] for part in codes))
 
 
-def _unit() -> float:
+def unit() -> float:
     """What a float32 number that goes into a matrix product, or comes out, may be off by.
 
     Torch can be told to round such numbers to TF32 or to bfloat16 first.

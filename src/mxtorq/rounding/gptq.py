@@ -9,7 +9,8 @@ after each group, to all later ones after each block.
 Group scales: ``dynamic`` chooses a group's scale from the compensated weights when its first column
 is reached; ``static`` chooses all from the weight as it came. Orders: ``forward``; ``backward``,
 last column first, as the Babai rounding of WUSH (arXiv 2512.00956) runs; ``descending`` by the
-diagonal of H, which with static scales is MR-GPTQ's activation order (arXiv 2509.23202).
+diagonal of H, which with static scales is MR-GPTQ's activation order (arXiv 2509.23202). Beyond the
+original: `search` chooses exponents by their outputs, `descent` goes over the codes once more.
 
 Decided here. A row that would end above plain rounding on the undamped goal is given the plain
 codes (`goal`), so no row is ever worse; the papers do not do this. Dynamic scales see every earlier
@@ -27,20 +28,22 @@ import torch
 from jaxtyping import Float32, Float64, Int64, UInt8
 from torch import Tensor
 
-from mxtorq.errors import ModelError, UsageError
+from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.mxfp4 import MXFP4, as_blocks
 from mxtorq.formats.scales import NonOCPScale, Scale, ScaledE2M1, assemble
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import Backend
-from mxtorq.rounding.base import Rounding
+from mxtorq.rounding.base import Rounding, require_moment
 from mxtorq.rounding.correction import correction
+from mxtorq.rounding.descent import descend, require_sweeps
 from mxtorq.rounding.exponents import choose_scales, require_exponents, require_scale
 from mxtorq.rounding.factor import Factor, factorize, factorize_
 from mxtorq.rounding.goal import Sums, better_rows, no_sums
 from mxtorq.rounding.group import fix_group_
 from mxtorq.rounding.half import halve
 from mxtorq.rounding.rtn import RTN
+from mxtorq.rounding.search import Search, fix_by_outputs_, require_search
 
 _NUMBERS = 2**24
 """Of a weight, that are rounded together on a CPU; elsewhere 128 times more."""
@@ -80,6 +83,10 @@ class GPTQ(Rounding):
     scales: GroupScales = GroupScales.DYNAMIC
     exponents: int = 1
     """Exponents that are tried for a group: 1 (the rule's) or 3 (its neighbours too)."""
+    search: Search = Search.VALUES
+    """By what they are compared: ``outputs`` is the loss of the group when it is rounded."""
+    sweeps: int = 0
+    """Of coordinate descent on the codes afterwards, at most."""
     inputs: Inputs = Inputs.PLAIN
     """``rounded`` is DuQuant++'s: the Hessian of the activations that the weight will meet."""
     coherence: float = 3.0
@@ -91,6 +98,9 @@ class GPTQ(Rounding):
 
     def __post_init__(self) -> None:
         require_exponents(self.exponents)
+        dynamic = self.scales is GroupScales.DYNAMIC
+        require_search(self.search, self.exponents, dynamic=dynamic)
+        require_sweeps(self.sweeps)
         if not 0 < self.damping < float("inf"):
             raise UsageError(
                 asked=f"damping={self.damping}",
@@ -114,7 +124,7 @@ class GPTQ(Rounding):
                 why="an update between two blocks must not cut a group in two",
                 todo=f"pass a multiple of {BLOCK} such as 128",
             )
-        if self.order is Order.DESCENDING and self.scales is not GroupScales.STATIC:
+        if self.order is Order.DESCENDING and dynamic:
             raise UsageError(
                 asked=f"order={self.order} with scales={self.scales}",
                 found="an order in which the columns of a group do not follow each other",
@@ -178,7 +188,7 @@ class GPTQ(Rounding):
         """
         self.check(scale)
         plain = RTN(exponents=self.exponents).round(weight, hessian, scale, backend=backend)
-        moment = _required(hessian().to(weight.device, torch.float64), weight)
+        moment = require_moment(hessian().to(weight.device, torch.float64), weight)
         order, half = self._column_order(moment), halve(moment)
         factor = factorize_(moment, order, self.damping)
         del moment
@@ -193,7 +203,12 @@ class GPTQ(Rounding):
         terms = self.block + width // BLOCK + 2 * width // self.block
         better = better_rows(sums, terms, mine, plain, weight, half, factor)[:, None]
         pairs = zip(mine, plain, strict=True)
-        return type(plain)(*(torch.where(better, ours, theirs) for ours, theirs in pairs))
+        best = type(plain)(*(torch.where(better, ours, theirs) for ours, theirs in pairs))
+        if not self.sweeps:
+            return best
+        del factor  # makes room
+        steps = _steps(weight, scale)
+        return descend(best, weight, half, self.sweeps, self.block, steps, backend)
 
     def compensated(
         self,
@@ -241,12 +256,16 @@ class GPTQ(Rounding):
                 here = slice(first, first + BLOCK)
                 follow = factor.follow[first // BLOCK]
                 columns = torch.addmm(free[here], follow.T, moves[here])
-                if dynamic and rule is None:
-                    # Back in the weight's own order of columns, so that sums are those of RTN.
-                    own = columns[order[here].argsort()].T.contiguous()
-                    chosen = choose_scales(own, scale, self.exponents, backend=backend)
-                    scales[groups[first]] = chosen
-                codes[here] = fix_group_(columns, follow, scales, groups[here], rule, backend)
+                if self.search is Search.OUTPUTS:
+                    state = columns, free[here], moves[here], factor, here, scales
+                    codes[here] = fix_by_outputs_(*state, groups[first], ScaleRule(scale), backend)
+                else:
+                    if dynamic and rule is None:
+                        # Back in the weight's own order of columns, so that sums are those of RTN.
+                        own = columns[order[here].argsort()].T.contiguous()
+                        chosen = choose_scales(own, scale, self.exponents, backend=backend)
+                        scales[groups[first]] = chosen
+                    codes[here] = fix_group_(columns, follow, scales, groups[here], rule, backend)
                 free[here] -= columns
                 moves[here].addmm_(pull[here, here], free[here])
                 after = slice(first + BLOCK, stop)
@@ -273,25 +292,3 @@ def _steps(weight: Float32[Tensor, "d_out d"], scale: Scale) -> Iterator[slice]:
     most = _NUMBERS if weight.device.type == "cpu" else 128 * _NUMBERS
     step = rows if scale is NonOCPScale.LOG256 else max(BLOCK, most // width // BLOCK * BLOCK)
     return (slice(start, start + step) for start in range(0, rows, max(1, step)))
-
-
-def _required(
-    moment: Float64[Tensor, "..."], weight: Float32[Tensor, "d_out d"]
-) -> Float64[Tensor, "d d"]:
-    width = weight.shape[1]
-    if moment.shape != (width, width):
-        raise UsageError(
-            asked=f"GPTQ of a weight {tuple(weight.shape)}",
-            found=f"a Hessian {tuple(moment.shape)}",
-            why="it holds one moment for each pair of the weight's columns",
-            todo=f"pass the Hessian [{width}, {width}] of the same, transformed site",
-        )
-    # A sum costs a tenth of a look at each number, and may overflow.
-    if not bool(moment.sum().isfinite()) and not bool(torch.isfinite(moment).all()):
-        raise ModelError(
-            asked=f"GPTQ with a Hessian {tuple(moment.shape)}",
-            found="NaN or Inf in it",
-            why="some calibration input was not finite",
-            todo="evaluate the model without rounding first, or round with rtn",
-        )
-    return moment

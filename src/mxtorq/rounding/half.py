@@ -7,7 +7,8 @@ each from its first diagonal entry on (to 1.05 d^2 / 2 numbers at d = 14336).
 
 from typing import NamedTuple
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.transforms.congruence import panels
@@ -27,6 +28,21 @@ class Half(NamedTuple):
             matrix[panel, panel.start :] = part
             matrix[panel.start :, panel] = part.T
         return matrix
+
+    def diagonal(self) -> Float[Tensor, " d"]:
+        """The matrix's."""
+        return torch.cat([part.diagonal() for part in self.parts])
+
+    def products(
+        self, left: Float64[Tensor, "rows d"], right: Float64[Tensor, "rows d"]
+    ) -> Float64[Tensor, " rows"]:
+        """l M r^T for each pair of rows l and r."""
+        total = left.new_zeros(len(left))
+        for panel, part in zip(panels(left.shape[1]), self.parts, strict=True):
+            total += ((left[:, panel] @ part) * right[:, panel.start :]).sum(1)
+            beyond = part[:, len(part) :]
+            total += ((right[:, panel] @ beyond) * left[:, panel.stop :]).sum(1)
+        return total
 
 
 def halve(matrix: Float[Tensor, "d d"]) -> Half:
