@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 MODELS = {
     "qwen3": ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen3-32B"),
     "llama": (
-        *("my-llama", "llama", "my-model", "babyllama-tok361"),
+        *("my-llama", "llama", "my-model", "babyllama-tok361", "llama192"),
         *("meta-llama/Meta-Llama-3-8B", "NousResearch/Meta-Llama-3-8B"),
     ),
 }

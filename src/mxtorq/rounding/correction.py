@@ -4,8 +4,8 @@ A weight meets rounded inputs x^, not x. Let x^ = x G + n with G = H^-1 C the re
 H = E[x^T x], C = E[x^T x^], R = E[x^^T x^], and n what x says nothing of. Weights M W^T in place of
 W^T give the error x W^T - x^ M W^T = x (I - G M) W^T - n M W^T. Its first part is a fixed linear
 map of the signal. Such parts of many layers add up in amplitude, where the noise n of different
-layers adds up in power: with k + 1 of them that pull in one direction the first part counts k times
-more than in a single layer. The minimiser of that sum is, for every W,
+layers adds up in power: with k + 1 of them that pull in one direction the first part counts 1 + k
+times. The minimiser of that sum is, for every W,
 
     M = (R + k C^T H^-1 C)^-1 (1 + k) C^T,
 
