@@ -38,6 +38,16 @@ def test_every_verb_draws_its_record_and_the_record_draws_the_same(
         done = run(*arguments, "--json", json_path, "--report", html)
         assert done.exit_code == 0, done.output
         assert "Report written" in done.output
+        printed = run("report", json_path)
+        assert printed.exit_code == 0, printed.output
+        if verb == "quantize":
+            assert "hadamard" in printed.output
+        else:  # the same table, line for line
+            tables = [
+                [line for line in shown.splitlines() if line[:1] in tuple("┃│")]
+                for shown in (done.output, printed.output)
+            ]
+            assert tables[0] == tables[1] != []
         again = tmp_path / "again.html"  # there already from the second on, and replaced
         assert run("report", json_path, "--report", again).exit_code == 0
         assert again.read_bytes() == html.read_bytes()
@@ -51,6 +61,18 @@ def test_markdown_of_any_record(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     assert run("report", DEMO, "--markdown", page).exit_code == 0
     assert "| bf16 |" in page.read_text(encoding="utf-8")
+
+
+def test_without_options_the_tables_are_printed(tmp_path: Path) -> None:
+    """Those of any record, and nothing is written."""
+    done = run("report", DEMO)
+    assert done.exit_code == 0, done.output
+    rows = json.loads(DEMO.read_text(encoding="utf-8"))["rows"]
+    for row in rows:
+        assert f"{row['perplexity']:.4f}" in done.output
+    assert "written" not in done.output
+    (tmp_path / "empty.json").write_text("{}")
+    assert run("report", tmp_path / "empty.json").exit_code == 1
 
 
 def test_drawing_an_old_record_loads_no_model_library(tmp_path: Path) -> None:
@@ -94,7 +116,6 @@ def test_a_report_never_overwrites_what_it_is_made_from(tmp_path: Path) -> None:
     done = run("compare", "reference", "--json", tmp_path / "a", "--report", tmp_path / "a")
     assert done.exit_code == 1
     assert "one would overwrite the other" in done.output
-    assert run("report", record).exit_code == 1
     assert run("report", tmp_path / "none.json", "--markdown", tmp_path / "x").exit_code == 1
 
 

@@ -1,12 +1,16 @@
 """Models are read with suspicion: every way in which one can be wrong has its message."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 
 import tiny_models
@@ -123,6 +127,54 @@ def test_what_is_no_model_at_all(name: str) -> None:
 def test_a_hub_model_that_cannot_be_had() -> None:
     with pytest.raises(ModelError, match="check the name and the network"):
         load_source("no-such-organisation/no-such-model", CPU)
+
+
+@pytest.mark.parametrize("name", ["nofolder", "no-such-organisation/no-such-model"])
+def test_a_slip_in_the_name_of_a_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are said: that there is no folder, and that the hub did not help."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError) as caught:
+        load_source(name, CPU)
+    assert "no folder of that name here, and the hub could not be reached" in caught.value.found
+    assert "HF_HUB_OFFLINE is set" in caught.value.found
+    assert ("organisation/model" in caught.value.why) is ("/" not in name)
+
+
+def test_a_model_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As its client says it: the cause of what transformers raises."""
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise OSError("not a valid model identifier") from RepositoryNotFoundError(
+            "404", response=mock.Mock(headers={})
+        )
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", missing)
+    with pytest.raises(ModelError, match="no folder of that name here, and on the hub no such"):
+        load_source("nofolder", CPU)
+
+
+def test_retries_of_the_hubs_client_are_not_told(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its warnings are dropped while a model is read, its errors are not, and afterwards none."""
+    client = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+
+    def retried(*args: object, **kwargs: object) -> None:
+        client.warning("thrown while requesting HEAD")
+        client.error("an error")
+        raise OSError("no")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", retried)
+    before = hub_logging.get_verbosity()
+    with pytest.raises(ModelError):
+        load_source("nofolder", CPU)
+    assert hub_logging.get_verbosity() == before
+    client.warning("afterwards")
+    assert caplog.messages == ["an error", "afterwards"]
 
 
 def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from mxtorq.config import parse_method, parse_rounding, plan_from, read_settings
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import NonOCPScale
-from mxtorq.reports.against import Line, against_markdown, lines_against
+from mxtorq.reports.against import Line, against_markdown, against_tables, lines_against
 from mxtorq.reports.published import RULES, UNKNOWN, Published, read_published
 from mxtorq.reports.schema import Results, Row
 
@@ -290,6 +290,21 @@ def test_what_was_published_and_not_run_is_listed_once(tmp_path: Path) -> None:
     assert [line.called for line in left] == ["Other"]
     nobody = replace(row(), provenance={**row().provenance, "model": "reference"})
     assert len(lines_against(Results(rows=(nobody,), versions={}), file)) == 1
+
+
+def test_of_a_model_without_published_figures_one_sentence_is_said(tmp_path: Path) -> None:
+    file = published(tmp_path)
+    nobody = replace(row(), provenance={**row().provenance, "model": "reference"})
+    alone = Results(rows=(nobody, replace(nobody, method="wush")), versions={})
+    (said,) = against_tables(alone, file)
+    assert str(said) == f"Nothing of 'reference' stands in {file.where}."
+    text = against_markdown(alone, file)
+    assert text.count("reference") == 1
+    assert "no published row" not in text
+    both = against_markdown(Results(rows=(row(), alone.rows[1]), versions={}), file)
+    assert both.count("reference") == 1
+    assert "Difference: ours less" in both
+    assert "Nothing of" not in against_markdown(Results(rows=(row(),), versions={}), file)
 
 
 def test_baselines_and_seeds(tmp_path: Path) -> None:

@@ -189,6 +189,25 @@ def test_renderings_hold_every_cell() -> None:
     assert markdown(RESULTS).startswith("    mxtorq compare\n")
 
 
+def test_an_evaluation_shows_no_column_without_any_value_and_no_note_of_it() -> None:
+    """A model on its own has nothing to be compared with. A comparison keeps its columns."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    alone = Results(rows=(row("bf16", 2.0),), versions={})
+    console.print(terminal(alone, "title"))
+    for text in (console.export_text(), markdown(alone)):
+        assert "perplexity" in text
+        assert "Perplexity on 't'" in text
+        for name in ("scale rule", "vs BF16", "95 %", "vs best", "KL", "MACs", "search", "±"):
+            assert name not in text, name
+    quantized = row("torq", 2.5, windows={"nll": [9.0]}, multiply_adds_per_token=12)
+    text = markdown(Results(rows=(quantized,), versions={}))
+    assert "| method | outliers | rounding | scale rule | perplexity | MACs |" in text
+    assert "MACs: what the transforms multiply online" in text
+    for name in ("vs BF16", "95 %", "vs best", "KL", "total s"):
+        assert name not in text, name
+    assert "| vs BF16 | 95 % | vs best | KL |" in markdown(RESULTS)
+
+
 def test_markdown_says_where_a_method_loses() -> None:
     """The mean over layers and seeds of each kind of site, and the worst site of all."""
     values = [

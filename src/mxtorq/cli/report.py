@@ -1,13 +1,16 @@
 """The verb that draws a record again, however old: it computes nothing and loads no model."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mxtorq.cli.app import app
 from mxtorq.console import (
     report_against,
+    report_contents,
+    report_inspection,
+    report_results,
     require_report,
     require_writable,
     speaking,
@@ -17,9 +20,13 @@ from mxtorq.console import (
 from mxtorq.errors import UsageError
 from mxtorq.options import Against, Markdown, Report
 
+if TYPE_CHECKING:
+    from mxtorq.reports.pages import Record
+
 
 @app.command(
     epilog="Examples:\n\n"
+    "  mxtorq report results.json\n\n"
     "  mxtorq report results.json --report results.html --markdown results.md\n\n"
     "  mxtorq report my-checkpoint --report checkpoint.html\n\n"
     "  mxtorq report results.json --against docs/published.toml"
@@ -36,7 +43,10 @@ def report(
     markdown: Markdown = None,
     against: Against = None,
 ) -> None:
-    """Draw a record of earlier results: a page with charts, Markdown, or beside published ones."""
+    """Draw a record of earlier results: a page with charts, Markdown, or beside published ones.
+
+    Without options its tables are printed, as the verb printed them that wrote it.
+    """
     with speaking("nothing was written"):
         from mxtorq.export.manifest import FILE
         from mxtorq.reading.documents import Refusal, read_text
@@ -44,13 +54,6 @@ def report(
         from mxtorq.reports.published import read_published
         from mxtorq.reports.schema import LONGEST, Results
 
-        if (report, markdown, against) == (None, None, None):
-            raise UsageError(
-                asked=f"a report of {record}",
-                found="neither --report nor --markdown nor --against",
-                why="nobody said where to write it, or what to print",
-                todo="pass --report PATH.html, --markdown PATH.md, or both",
-            )
         beside = None if against is None else read_published(against)
         source = record / FILE if record.is_dir() else record
         if markdown is not None and markdown.resolve() == source.resolve():
@@ -76,7 +79,25 @@ def report(
                 why="published figures are perplexities and accuracies",
                 todo="name a record of `mxtorq compare` or `mxtorq evaluate`",
             )
+        if (report, markdown, against) == (None, None, None):
+            _print(read, record)
+            return
         added = report_against(read, beside) if isinstance(read, Results) else ""
         if markdown is not None:
             write_record(markdown, markdown_of(read) + added)
         write_report(report, read, beside)
+
+
+def _print(read: "Record", path: Path) -> None:
+    """The tables of a record, on the terminal."""
+    from mxtorq.export.manifest import Manifest
+    from mxtorq.reports.schema import Results
+
+    if isinstance(read, Manifest):
+        report_contents(path, read)
+    elif isinstance(read, Results):
+        models = dict.fromkeys(str(row.provenance.get("model", path)) for row in read.rows)
+        title = f"{'Perplexity of ' if read.only_evaluated else ''}{', '.join(models)}"
+        report_results(read, None, title, fidelity=read.only_evaluated)
+    else:
+        report_inspection(read, None, None, None)

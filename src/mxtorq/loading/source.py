@@ -23,6 +23,7 @@ from torch import nn
 
 from mxtorq.errors import ModelError, MxtorqError
 from mxtorq.loading.families import choose_family, require_described
+from mxtorq.loading.hub import OLD_NAME, not_had, quiet_client
 from mxtorq.loading.skeleton import model_at_rest
 from mxtorq.models.family import Family
 from mxtorq.reading.configuration import read_configuration, require_plausible
@@ -121,7 +122,10 @@ def load_source(
             why="a model is a folder with config.json and *.safetensors, or a hub id",
             todo=f"check the path, or use {REFERENCE!r} for the model inside this package",
         )
-    return _load(name, name, device, at_rest, family)
+    if path.is_dir():
+        return _load(name, name, device, at_rest, family)
+    with quiet_client():
+        return _load(name, name, device, at_rest, family)
 
 
 def _load(name: str, where: str, device: torch.device, at_rest: bool, own: Family | None) -> Source:
@@ -290,6 +294,8 @@ def _require_finite(name: str, model: nn.Module) -> None:
 def _unreadable(name: str, error: Exception) -> MxtorqError:
     text = str(error)
     refuse = _refusal(name)
+    if not Path(name).is_dir() and (found := not_had(error)):
+        return refuse(found, None if "/" in name else OLD_NAME)
     if "gated" in text.lower() or "401" in text or "403" in text:
         todo = "accept the model's licence on its hub page and log in with `hf auth login`"
         refuse = replace(refuse, todo=todo)

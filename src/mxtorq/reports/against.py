@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from mxtorq.reports.published import UNKNOWN, Protocol, Published, PublishedRow
 from mxtorq.reports.schema import Results, Row, groups
@@ -28,6 +29,7 @@ _COLUMNS = (
 _FIGURES = range(4, 7)
 BF16 = "bf16"
 """The method of rows of unquantized models."""
+_NO_MODEL = "none of this model"
 _WHOLE = {"wikitext2": 200_000}
 """Tokens that a text has at least: WikiText-2's test part has 245,569 words and marks, and the
 vocabularies of these models join few of them."""
@@ -61,7 +63,7 @@ def lines_against(results: Results, published: Published) -> list[Line]:
         name = str(group[0].provenance.get("model", ""))
         model = published.model_called(name)
         if model is None or group[0].outliers is not None:
-            why = "channels were rescaled" if group[0].outliers else "none of this model"
+            why = "channels were rescaled" if group[0].outliers else _NO_MODEL
             lines.append(_alone(name, group, why))
             continue
         models[model] = None
@@ -76,17 +78,20 @@ def lines_against(results: Results, published: Published) -> list[Line]:
     return lines
 
 
-def against_tables(results: Results, published: Published) -> list[Table]:
-    """The comparison for a terminal."""
+def against_tables(results: Results, published: Published) -> list[Table | Text]:
+    """The comparison for a terminal; a sentence where nothing was published of any model."""
+    lines = against_cells(results, published)[1]
+    if not lines:
+        return [Text(against_note(results, published))]
     table = Table(
         title=f"Beside published figures ({escape(published.where)})",
         title_justify="left",
-        caption=escape(against_note(published)),
+        caption=escape(against_note(results, published)),
         caption_justify="left",
     )
     for at, column in enumerate(_COLUMNS):
         table.add_column(column, justify="right" if at in _FIGURES else "left", overflow="fold")
-    for cells in against_cells(results, published)[1]:
+    for cells in lines:
         table.add_row(*map(escape, cells))
     return [table]
 
@@ -97,21 +102,29 @@ def against_markdown(results: Results, published: Published) -> str:
     cells = [[_plain(cell) for cell in line] for line in against_cells(results, published)[1]]
     table = "\n".join(f"| {' | '.join(line)} |" for line in (list(_COLUMNS), rule, *cells))
     title = f"**Beside published figures ({_plain(published.where)})**"
-    return f"{title}\n\n{table}\n\n{against_note(published)}\n"
+    shown = [title, *([table] if cells else []), _plain(against_note(results, published))]
+    return "\n\n".join(shown) + "\n"
 
 
 def against_cells(results: Results, published: Published) -> tuple[list[str], list[list[str]]]:
-    """Headings, and a line a figure."""
-    return list(_COLUMNS), [_cells(line) for line in lines_against(results, published)]
+    """Headings, and a line a figure; none of models of which nothing was published."""
+    lines = [line for line in lines_against(results, published) if line.differs != _NO_MODEL]
+    return list(_COLUMNS), [_cells(line) for line in lines]
 
 
-def against_note(published: Published) -> str:
-    """What a reader must know of the comparison."""
-    return (
-        "Difference: ours less the published figure, under the same scale rule only. Within: of a "
-        "tolerance, where the published row has one and the run was of its protocol. Published "
-        f"figures are those of {published.where}, whose top says what its keys mean."
-    )
+def against_note(results: Results, published: Published) -> str:
+    """What a reader must know of the comparison, and of which models there is none."""
+    lines = lines_against(results, published)
+    unknown = list(dict.fromkeys(line.model for line in lines if line.differs == _NO_MODEL))
+    names = ", ".join(map(repr, unknown))
+    notes = [f"Nothing of {names} stands in {published.where}."] if unknown else []
+    if any(line.differs != _NO_MODEL for line in lines):
+        notes.append(
+            "Difference: ours less the published figure, under the same scale rule only. Within: "
+            "of a tolerance, where the published row has one and the run was of its protocol. "
+            f"Published figures are those of {published.where}, whose top says what its keys mean."
+        )
+    return " ".join(notes)
 
 
 def _baselines(model: str, group: list[Row], published: Published) -> Iterator[Line]:

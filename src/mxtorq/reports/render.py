@@ -39,6 +39,15 @@ _COLUMNS = (
 )
 _TEXT_COLUMNS = 4
 _GIVEN_UP_FIRST = ("search s", "bytes", "total s", "MACs", "SQNR", "KL", "95 %", "vs best")
+_TOLD = {
+    "vs BF16": "vs BF16: of the perplexity.",
+    "KL": "KL: from the BF16 model, mean of all predictions, in nats.",
+    "SQNR": "SQNR: of the quantized linears' outputs, from the mean error of all sites.",
+    "MACs": "MACs: what the transforms multiply online for a token.",
+    "bytes": "bytes: what they store.",
+    "search s": "search s: choosing the transforms; total s: with calibration and rounding.",
+}
+"""What a column holds, in the order in which that is told."""
 _PARTS = {
     True: "OCP MXFP4",
     False: "Not OCP: scales that no hardware has, shown to explain published numbers",
@@ -81,12 +90,15 @@ def markdown(results: Results) -> str:
     """The tables in Markdown, with the command that made them and what a reader must know."""
     rule = ["---"] * _TEXT_COLUMNS + ["---:"] * (len(_COLUMNS) - _TEXT_COLUMNS)
     pages = ["\n".join(f"    {line}" for line in results.command.splitlines())]
+    used = _used(results)
     for title, part in parts(results):
-        pages += [f"**{title}**", _markdown_table([list(_COLUMNS), rule, *cells(part)])]
+        table = [[line[at] for at in used] for line in (_COLUMNS, rule, *cells(part))]
+        pages += [f"**{title}**", _markdown_table(table)]
     pages += fidelity_tables(results)
     pages += site_tables(results)
     pages += accuracies_markdown(results)
-    pages += [footnote(results).replace("\n", "\n\n"), _versions(results)]
+    notes = footnote(results, [_COLUMNS[at] for at in used])
+    pages += [*notes.splitlines(), _versions(results)]
     return "\n\n".join(pages) + "\n"
 
 
@@ -181,8 +193,9 @@ def terminal(results: Results, title: str, width: int | None = None) -> Table:
     figure that is cut is worse than one that is not there.
     """
     every = [line for _, part in parts(results) for line in cells(part)]
-    shown, dropped = _fitting(every, width)
-    notes = [footnote(results)]
+    used = _used(results)
+    shown, dropped = _fitting(every, used, width)
+    notes = [footnote(results, [_COLUMNS[at] for at in used])]
     if dropped:
         notes.append(f"Left out for want of width: {', '.join(dropped)}. --json has everything.")
     table = Table(
@@ -207,12 +220,27 @@ def terminal(results: Results, title: str, width: int | None = None) -> Table:
     return table
 
 
-def _fitting(lines: list[list[str]], width: int | None) -> tuple[list[int], list[str]]:
-    """The columns that fit, and the names of those that were given up, least telling first."""
+def _used(results: Results) -> list[int]:
+    """All columns, but of a record of `evaluate` those that hold more than dashes.
+
+    A comparison keeps them all: there a dash says that something was not measured.
+    """
+    every = list(range(len(_COLUMNS)))
+    if not results.rows or not results.only_evaluated:
+        return every
+    lines = [line for _, part in parts(results) for line in cells(part)]
+    return [at for at in every if any(line[at] != "-" for line in lines)]
+
+
+def _fitting(
+    lines: list[list[str]], used: list[int], width: int | None
+) -> tuple[list[int], list[str]]:
+    """Of the columns ``used`` those that fit, and the names of those that were given up, least
+    telling first."""
     widths = [max(len(line[i]) for line in (list(_COLUMNS), *lines)) for i in range(len(_COLUMNS))]
-    shown = list(range(len(_COLUMNS)))
+    shown = list(used)
     dropped: list[str] = []
-    for name in _GIVEN_UP_FIRST:
+    for name in (name for name in _GIVEN_UP_FIRST if _COLUMNS.index(name) in used):
         if width is None or sum(widths[i] + 3 for i in shown) + 1 <= width:
             break
         shown.remove(_COLUMNS.index(name))
@@ -220,17 +248,14 @@ def _fitting(lines: list[list[str]], width: int | None) -> tuple[list[int], list
     return shown, dropped
 
 
-def footnote(results: Results) -> str:
-    """What a reader must know to trust or to distrust the figures."""
-    notes = [
-        "vs BF16: of the perplexity. KL: from the BF16 model, mean of all predictions, in nats. "
-        "SQNR: of the quantized linears' outputs, from the mean error of all sites. MACs: what the "
-        "transforms multiply online for a token. bytes: what they store. search s: choosing the "
-        "transforms; total s: with calibration and rounding. ±: standard deviation over seeds."
-    ]
+def footnote(results: Results, shown: Sequence[str] = _COLUMNS) -> str:
+    """What a reader must know to trust or to distrust the figures, of the columns ``shown``."""
+    told = [text for name, text in _TOLD.items() if name in shown]
+    notes = [" ".join([*told, "±: standard deviation over seeds."])] if told else []
     if any(row.activation_rule for row in results.rows):
         notes.append("Scale rule: of weights/activations where there are two.")
-    if any(row.windows and row.rounding is not None for row in results.rows):
+    compared = {"95 %", "vs best"} & {*shown}
+    if compared and any(row.windows and row.rounding is not None for row in results.rows):
         notes.append(NOTE)
     for row in results.rows:
         evaluation, calibration = (

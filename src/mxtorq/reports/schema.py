@@ -130,6 +130,11 @@ class Results:
     command: str = ""
     """The command lines behind the rows, one a line; empty when they came from Python."""
 
+    @property
+    def only_evaluated(self) -> bool:
+        """Nothing was quantized for it, so that no row has a time: a record of `evaluate`."""
+        return all(row.quantize_seconds is None for row in self.rows)
+
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, "version": VERSION, **asdict(self)}, indent=1) + "\n"
 

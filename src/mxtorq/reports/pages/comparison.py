@@ -150,7 +150,8 @@ def _beside(results: Results, published: Published) -> tuple[Block, ...]:
     header, lines = against_cells(results, published)
     title = f"Our rows beside those of {published.where}"
     table = Grid(title=title, columns=tuple(header), lines=tuple(map(tuple, lines)))
-    return Note(against_note(published)), table
+    note = Note(against_note(results, published))
+    return (note, table) if lines else (note,)
 
 
 def _places(results: Results, lines: list[Line]) -> tuple[Block, ...]:
