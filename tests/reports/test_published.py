@@ -341,7 +341,7 @@ def test_markdown_escapes_and_keeps_its_columns(tmp_path: Path) -> None:
 
 def commands() -> list[list[str]]:
     """The mxtorq command lines of the page, without the name of the program."""
-    blocks = re.findall(r"^```\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(r"^```(?:shell)?\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.M | re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.split(line)[1:] for line in lines if line.startswith("mxtorq ")]
 
