@@ -11,10 +11,15 @@ own, and a busy machine breaks no bound on time.
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from jaxtyping import install_import_hook
+
+if TYPE_CHECKING:
+    from browser import Tab
 
 install_import_hook("mxtorq", "beartype.beartype")
 
@@ -52,6 +57,18 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Tab]":
+    """A tab of Chromium, for tests of pages."""
+    from browser import chromium, tab
+
+    program = chromium()
+    if program is None:
+        pytest.skip("no Chromium on this machine: apt-get install chromium")
+    with tab(program, tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")

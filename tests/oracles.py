@@ -74,3 +74,13 @@ def statistics(width: int = 160, *, tokens: int = 300, rows: int = 48) -> SiteSt
     draw = torch.Generator().manual_seed(8)
     weight = torch.randn(2 * rows, width, generator=draw)
     return site(activations(tokens, width, outliers=4, seed=7), weight[:rows], weight[rows:])
+
+
+def rounding_problem(rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight to round, and a Hessian of few directions and channels of very different size."""
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, width, generator=draw) * 0.02
+    few = torch.randn(width // 3, width, dtype=torch.float64, generator=draw)
+    loud = torch.exp2(torch.randn(width, dtype=torch.float64, generator=draw))
+    moment = (few.T @ few / len(few) + 0.05 * torch.eye(width)) * loud[:, None] * loud
+    return weight, (moment + moment.T) / 2

@@ -14,10 +14,12 @@ from mxtorq import pipeline, quantization
 from mxtorq.calibration import statistics as statistics_module
 from mxtorq.calibration.capture import capture_sites, first_layer_inputs
 from mxtorq.config import Recipe, parse_method, parse_rounding
+from mxtorq.errors import UsageError
 from mxtorq.formats import mxfp4
 from mxtorq.formats.mxfp4 import MXFP4
 from mxtorq.formats.scales import Scale
 from mxtorq.loading.checkpoint import load
+from mxtorq.moments import rounding_moments_
 from mxtorq.quantization import merge_diagonals_, quantize_
 from mxtorq.rounding.base import Rounding
 
@@ -102,6 +104,24 @@ def test_a_rounding_gets_stacked_weights_and_the_hessian_of_their_inputs(
         stacked = rest[name].fuse(statistics[name].weight).float()
         assert torch.equal(weight, stacked)
     assert len(Spy.seen) == 8
+
+
+def test_moments_that_a_rounding_does_not_ask_for_end_with_the_fit(
+    tiny_folders: dict[str, Path], story: Path
+) -> None:
+    recipe = settings(story, "wush", parse_rounding("rtn"))
+    source = pipeline.load_model(str(tiny_folders["llama"]), None, 0, "cpu")
+    family, ids = source.family, pipeline.calibrate(source, recipe).ids
+    layer = source.model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    inputs = first_layer_inputs(source.model, family, ids)
+    statistics = capture_sites(layer, sites, inputs, recipe.seed)
+    fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
+    moments = rounding_moments_(layer, sites, inputs, fitted, statistics, recipe)
+    for name in sites:
+        assert statistics[name].second_moment is None
+        with pytest.raises(UsageError, match="without it"):
+            moments[name].hessian()
 
 
 @pytest.mark.parametrize("method", ["wush", "smoothquant:sites=all"])

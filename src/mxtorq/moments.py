@@ -37,10 +37,7 @@ class Moments(NamedTuple):
 
 def needs_hessians(recipe: Recipe) -> bool:
     """Whether the second moments of the inputs are of use to a method or to a rounding."""
-    rounding = recipe.rounding
-    return recipe.method.needs_hessian or (
-        rounding.needs_hessian and (rounding.corrects_inputs or not rounding.sees_rounded_inputs)
-    )
+    return recipe.method.needs_hessian or _rounds_by_plain(recipe.rounding)
 
 
 def rounding_moments_(
@@ -58,10 +55,7 @@ def rounding_moments_(
     Hessian ends with the rounding that asked for it, and a weight when its linear is replaced.
     """
     rounding = recipe.rounding
-    keeps = needs_hessians(recipe) and (
-        rounding.corrects_inputs or not rounding.sees_rounded_inputs
-    )
-    moments = {}
+    keeps, moments = _rounds_by_plain(rounding), {}
     for name, seen in list(statistics.items()):
         statistics[name] = replace(seen, second_moment=None, weights=())
         moments[name] = replace(
@@ -70,12 +64,11 @@ def rounding_moments_(
     plain = {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
     if not rounding.sees_rounded_inputs:
         return {name: Moments(plain[name]) for name in sites}
-    through = {n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()}
+    after = _after(transforms, recipe.activation_rule)
     if not rounding.corrects_inputs:
-        rounded = capture_hessians(layer, sites, inputs, through, ranks)
+        rounded = capture_hessians(layer, sites, inputs, after, ranks)
         return {name: Moments(partial(rounded.pop, name)) for name in sites}
-    before = {name: partial(_transformed, each) for name, each in transforms.items()}
-    pairs = capture_pairs(layer, sites, inputs, before, through, ranks)
+    pairs = capture_pairs(layer, sites, inputs, _before(transforms), after, ranks)
     return {
         name: Moments(
             partial(_take_rounded_, pairs, name),
@@ -92,10 +85,8 @@ def expert_moments(
     if not recipe.rounding.compensates:
         return {}
     if recipe.rounding.sees_rounded_inputs:
-        return {
-            n: partial(_through, each, recipe.activation_rule) for n, each in transforms.items()
-        }
-    return {name: partial(_transformed, each) for name, each in transforms.items()}
+        return _after(transforms, recipe.activation_rule)
+    return _before(transforms)
 
 
 def site_groups(
@@ -129,6 +120,23 @@ def groups_of(
 ) -> list[Group]:
     """The groups of the site called ``name``."""
     return site_groups(sites[name], moments[name], statistics[name], routed.get(name, []))
+
+
+def _rounds_by_plain(rounding: Rounding) -> bool:
+    """Whether a rounding asks for the second moment of the inputs before their rounding."""
+    return rounding.needs_hessian and (rounding.corrects_inputs or not rounding.sees_rounded_inputs)
+
+
+def _before(transforms: Mapping[str, Transform]) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What turns each site's inputs into those that are rounded."""
+    return {name: partial(_transformed, each) for name, each in transforms.items()}
+
+
+def _after(
+    transforms: Mapping[str, Transform], scale: Scale
+) -> dict[str, Callable[[Tensor], Tensor]]:
+    """What turns each site's inputs into the rounded ones that weights meet."""
+    return {name: partial(_through, each, scale) for name, each in transforms.items()}
 
 
 def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +14,7 @@ from urllib.parse import quote
 import pytest
 
 import mxtorq
-from browser import Tab, chromium, tab
+from browser import Tab
 from mxtorq.cli.app import app
 
 ROOT = Path(__file__).parents[2]
@@ -131,15 +130,6 @@ def test_every_public_name_is_documented(site: Path) -> None:
     assert sorted(name for _, _, name in found) == sorted(mxtorq.__all__)
     for room, anchor, _ in found:
         assert f'id="{anchor}"' in page(site, f"api/{room}"), anchor
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    program = chromium()
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with tab(program, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.mark.parametrize("name", ["tour", "methods/torq", "numerics", "cli", "api/formats"])

@@ -6,14 +6,13 @@ Needs a Chromium on this machine (Debian: ``apt-get install chromium``) and skip
 import math
 import random
 import time
-from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import Tab, chromium, tab
+from browser import Tab
 from inspections import INSPECTION
 from mxtorq.evaluation.tasks import SUITES
 from mxtorq.reports.html import page
@@ -33,15 +32,6 @@ CHARTS = """[...document.querySelectorAll("svg")].map((svg) => {
     outside: words.filter((w) => w.left < card.left - 1 || w.right > card.right + 1).length,
   };
 })"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    program = chromium()
-    if program is None:
-        pytest.skip("no Chromium on this machine: apt-get install chromium")
-    with tab(program, tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -17,19 +17,11 @@ from mxtorq.rounding.goal import goal
 from mxtorq.rounding.gptq import GPTQ, GroupScales, Order
 from mxtorq.rounding.half import halve
 from mxtorq.rounding.rtn import RTN
+from oracles import rounding_problem
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 EPS, UNIT = torch.finfo(torch.float64).eps, 2.0**-24
 SCALES: list[Scale] = [ScaleRule.FLOOR, ScaleRule.UOS, *NonOCPScale]
-
-
-def problem(rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, width, generator=draw) * 0.02
-    few = torch.randn(width // 3, width, dtype=torch.float64, generator=draw)
-    loud = torch.exp2(torch.randn(width, dtype=torch.float64, generator=draw))
-    moment = (few.T @ few / len(few) + 0.05 * torch.eye(width)) * loud[:, None] * loud
-    return weight, (moment + moment.T) / 2
 
 
 def same(one: MXFP4 | ScaledE2M1, other: MXFP4 | ScaledE2M1) -> bool:
@@ -72,7 +64,7 @@ def column_by_column(
 @pytest.mark.parametrize("scale", [ScaleRule.FLOOR, NonOCPScale.FOUR_THIRDS])
 def test_every_code_is_that_of_the_best_neighbour(scale: Scale, order: Order) -> None:
     """Three sweeps, over a whole block of columns and a part of one."""
-    weight, moment = problem(4, 160)
+    weight, moment = rounding_problem(4, 160)
     found = GPTQ(order=order).round(weight, lambda: moment, scale)
     for sweeps in (1, 2, 3):
         codes = column_by_column(found, weight, moment)
@@ -86,7 +78,7 @@ def test_every_code_is_that_of_the_best_neighbour(scale: Scale, order: Order) ->
 def test_no_row_rises(scale: Scale, scales: GroupScales) -> None:
     """From sweep to sweep, on Hessians without an inverse too; scales stay. Goals are off by at
     most 4 d eps |e| |H| |e|^T."""
-    weight, correlated = problem(40, 96)
+    weight, correlated = rounding_problem(40, 96)
     ten = torch.randn(10, 96, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     hessians = [correlated, oracles.spd(96, 1e8, seed=4), ten.T @ ten, torch.ones(96, 96).double()]
     for moment in hessians:
@@ -108,7 +100,7 @@ def test_it_ends_where_nothing_changes_and_no_single_code_is_better(
 ) -> None:
     """Among all 16 codes of each column. What float32 slopes hide: a slope's sum, of 96 terms in
     blocks, is off by at most 2 (96 + 10) u of its magnitudes, the multiple by 2 u of itself."""
-    weight, moment = problem(12, 96)
+    weight, moment = rounding_problem(12, 96)
     groups = []
     move = module.move_group_
     monkeypatch.setattr(module, "move_group_", lambda *args: groups.append(1) or move(*args))
@@ -137,7 +129,7 @@ def test_it_ends_where_nothing_changes_and_no_single_code_is_better(
 
 
 def test_channels_that_were_never_seen_are_left_alone() -> None:
-    weight, moment = problem(9, 96)
+    weight, moment = rounding_problem(9, 96)
     unseen = [0, 31, 40, 95]
     moment[unseen] = 0.0
     moment[:, unseen] = 0.0
@@ -154,7 +146,7 @@ def test_channels_that_were_never_seen_are_left_alone() -> None:
 
 
 def test_the_width_of_updates_and_rows_that_go_together_change_no_code() -> None:
-    weight, moment = problem(20, 160)
+    weight, moment = rounding_problem(20, 160)
     start, half = GPTQ().round(weight, lambda: moment, ScaleRule.FLOOR), halve(moment)
     first, *others = (
         descend(start, weight, half, 3, block, rows)
@@ -173,7 +165,7 @@ def test_a_row_in_doubt_that_did_not_fall_has_its_codes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows 0 and 1 were made worse, of which float32 was sure of one; row 2 stayed in doubt too."""
-    weight, moment = problem(4, 64)
+    weight, moment = rounding_problem(4, 64)
     start = GPTQ().round(weight, lambda: moment, ScaleRule.FLOOR)
     better = once(start, weight, moment)
     assert (better.packed != start.packed).any(1).all()
@@ -188,7 +180,7 @@ def test_a_row_in_doubt_that_did_not_fall_has_its_codes_back(
 
 @pytest.mark.parametrize("power", [-240, 0, 240])
 def test_the_size_of_a_hessian_does_not_matter(power: int) -> None:
-    weight, moment = problem(6, 64)
+    weight, moment = rounding_problem(6, 64)
     expected = GPTQ(sweeps=2).round(weight, lambda: moment, ScaleRule.FLOOR)
     found = GPTQ(sweeps=2).round(weight, lambda: moment * 2.0**power, ScaleRule.FLOOR)
     assert same(found, expected)

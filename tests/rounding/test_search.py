@@ -18,18 +18,10 @@ from mxtorq.rounding.gptq import GPTQ, GroupScales, Order
 from mxtorq.rounding.rtn import RTN
 from mxtorq.rounding.search import Search
 from mxtorq.specs import options_of, spell
+from oracles import rounding_problem
 
 MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 OUTPUTS = {"exponents": 3, "search": Search.OUTPUTS}
-
-
-def problem(rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    draw = torch.Generator().manual_seed(seed)
-    weight = torch.randn(rows, width, generator=draw) * 0.02
-    few = torch.randn(width // 3, width, dtype=torch.float64, generator=draw)
-    loud = torch.exp2(torch.randn(width, dtype=torch.float64, generator=draw))
-    moment = (few.T @ few / len(few) + 0.05 * torch.eye(width)) * loud[:, None] * loud
-    return weight, (moment + moment.T) / 2
 
 
 def group_by_group(
@@ -85,7 +77,7 @@ def moved(
 @pytest.mark.parametrize("rule", [ScaleRule.FLOOR, ScaleRule.UOS])
 @pytest.mark.parametrize("order", [Order.FORWARD, Order.BACKWARD])
 def test_each_group_takes_the_exponent_of_the_least_loss(order: Order, rule: ScaleRule) -> None:
-    weight, moment = problem(4, 96)
+    weight, moment = rounding_problem(4, 96)
     columns = list(range(96)) if order is Order.FORWARD else list(reversed(range(96)))
     codes, scales = group_by_group(weight, moment, columns, rule)
     found = GPTQ(order=order, **OUTPUTS).compensated(weight, moment, rule)
@@ -99,7 +91,7 @@ def test_each_group_takes_the_exponent_of_the_least_loss(order: Order, rule: Sca
 @pytest.mark.parametrize("order", [Order.FORWARD, Order.BACKWARD])
 def test_without_correlations_both_searches_are_one(order: Order, rule: ScaleRule) -> None:
     """A tie is the rule's: zeros, of either sign, and numbers at both ends of the range too."""
-    weight, _ = problem(8, 64, seed=5)
+    weight, _ = rounding_problem(8, 64, seed=5)
     weight[1], weight[2, :32] = 0.0, 0.0
     weight[3] *= 2.0**-130
     weight[4] *= 2.0**100
@@ -125,7 +117,7 @@ def test_candidates_stay_in_the_format() -> None:
 
 
 def test_rows_that_are_rounded_together_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, moment = problem(150, 96)
+    weight, moment = rounding_problem(150, 96)
     rounding = GPTQ(sweeps=2, **OUTPUTS)
     expected = rounding.round(weight, lambda: moment, ScaleRule.FLOOR)
     assert isinstance(expected, MXFP4)
@@ -136,7 +128,7 @@ def test_rows_that_are_rounded_together_do_not_matter(monkeypatch: pytest.Monkey
 
 def test_a_channel_that_was_never_seen_counts_for_its_group_alone() -> None:
     """Its weights are rounded plainly under the scale that its group has."""
-    weight, moment = problem(6, 64)
+    weight, moment = rounding_problem(6, 64)
     moment[[3, 40]] = 0.0
     moment[:, [3, 40]] = 0.0
     codes, scales = GPTQ(**OUTPUTS).compensated(weight, moment, ScaleRule.FLOOR)

@@ -25,11 +25,9 @@ from jaxtyping import Float32, Float64
 from torch import Tensor
 
 from mxtorq.formats.spec import BLOCK
-from mxtorq.rounding.goal import unit
+from mxtorq.rounding.goal import LEAST, unit
 from mxtorq.rounding.half import Half
 from mxtorq.transforms.congruence import panels
-
-_LEAST = 2.0**-126  # what float32 may lose below its range
 
 
 class Slopes(NamedTuple):
@@ -83,8 +81,8 @@ class Fall(NamedTuple):
         if share >= 1 or not len(seen):
             return torch.full_like(self.claimed, torch.inf)
         most, least = float(seen.max()), float(seen.min())
-        share = share / (1 - share) + _LEAST * math.sqrt(width * (most / least))
-        lost = (1 + sweeps) * width * _LEAST * math.sqrt(most)
+        share = share / (1 - share) + LEAST * math.sqrt(width * (most / least))
+        lost = (1 + sweeps) * width * LEAST * math.sqrt(most)
         slack = 2 * self.travel * (share * self.size + lost)
         return slack + 4 * width * (1 + sweeps) * eps * self.claimed.abs()
 

@@ -35,7 +35,8 @@ from mxtorq.rounding.half import Half
 _ROWS = 1024  # rows whose goal is computed at once
 _PANEL = 512  # components of e R that are computed at once, and terms of their sums
 _WORTH = 8  # a copy of the rest is worth it where one row in so many is decided
-_LEAST = 2.0**-126  # what float32 may lose below its range
+LEAST = 2.0**-126
+"""What float32 may lose below its range."""
 
 
 class Sums(NamedTuple):
@@ -87,7 +88,7 @@ def bounds(
     width, eps = len(factor.order), torch.finfo(torch.float64).eps
     share = (terms + 4) * unit()
     slack = sums.sizes.sqrt() * (math.sqrt(width) * share / (1 - share) if share < 1 else math.inf)
-    slack += 2 * width * _LEAST * factor.pivots.norm()  # below the range of float32
+    slack += 2 * width * LEAST * factor.pivots.norm()  # below the range of float32
     rest = 4 * width * (width + 2) * eps * sums.sizes
     root = sums.squares.sqrt()
     below = (root - slack).clamp(min=0.0).square() - rest - sums.added
