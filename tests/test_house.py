@@ -57,6 +57,7 @@ LEVELS = {
     "console": 11,
     "options": 8,
     "moments": 8,
+    "choosing": 8,
     "quantization": 9,
     "beginnings": 9,
     "asking": 9,

@@ -39,6 +39,7 @@ from mxtorq.beginnings import (
 )
 from mxtorq.calibration.activations import StoredInput, stored_inputs
 from mxtorq.calibration.data import Windows
+from mxtorq.choosing import least_batches
 from mxtorq.config import EvaluationPlan, Recipe, method_name, require_ocp, rounding_name
 from mxtorq.evaluation.tasks import TaskPlan
 from mxtorq.export.carried import carried_matrices, is_carried
@@ -150,7 +151,8 @@ def quantize(
             )
         require_shared(out, asked)
         rotate_(source, windows, recipe, unfit, progress, run, ranks)
-        first = first_inputs(source, windows.ids, ranks)
+        least = least_batches(recipe.method)
+        first = first_inputs(source, windows.ids, ranks, least)
         inputs = stored_inputs(first, run.activations, finished, windows.ids.numel(), memory, ranks)
         layers = quantize_layers_(source, inputs, recipe, unfit, progress, finished, ranks)
         for index, layer, done in layers:
@@ -165,7 +167,12 @@ def quantize(
             manifest = with_card(folder, manifest)
             write_manifest(folder, manifest)
             progress("write", 1, 2)
-            verify(folder, source, next(first_inputs(source, windows.ids)), inputs[0].hidden)
+            verify(
+                folder,
+                source,
+                next(first_inputs(source, windows.ids, least=least)),
+                inputs[0].hidden,
+            )
             ranks.json_from_leader(manifest.to_json())  # the others have waited for this
         progress("write", 2, 2)
     return manifest

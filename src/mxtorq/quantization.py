@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64
@@ -22,6 +22,13 @@ from mxtorq.calibration.capture import (
     reader_weights,
 )
 from mxtorq.calibration.experts import ExpertInputs, capture_experts
+from mxtorq.choosing import (
+    can_merge,
+    is_plain,
+    joined_,
+    least_batches,
+    statistics_to_choose_by,
+)
 from mxtorq.config import Recipe
 from mxtorq.export.manifest import SiteEntry
 from mxtorq.export.targets import carried
@@ -32,10 +39,9 @@ from mxtorq.moments import expert_moments, groups_of, needs_hessians, rounding_m
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.sharing import fitted_sites, round_sites_
 from mxtorq.surgery.fuse import require_fit
-from mxtorq.surgery.linear import linear_at
 from mxtorq.surgery.network import network
 from mxtorq.surgery.offline import apply_offline_, round_kept_
-from mxtorq.surgery.rescale import is_norm, merge_diagonal_
+from mxtorq.surgery.rescale import merge_diagonal_
 from mxtorq.transforms.base import OfflineRotations, SiteStatistics, Transform
 
 Progress = Callable[[str, int, int], None]
@@ -86,7 +92,8 @@ def quantize_(
     searching = Stopwatch()
     with searching:
         merge_rotations_(source, choose_rotations(source, windows, recipe, progress), unfit)
-    inputs = list(first_inputs(source, windows))
+    least = least_batches(recipe.method)
+    inputs = list(first_inputs(source, windows, least=least))
     layers: list[QuantizedLayer] = []
     for _, _, done in quantize_layers_(source, inputs, recipe, unfit, progress):
         layers.append(done)
@@ -99,12 +106,15 @@ def quantize_(
 
 
 def first_inputs(
-    source: Source, windows: Int64[Tensor, "n seqlen"], ranks: Ranks = SOLO
+    source: Source, windows: Int64[Tensor, "n seqlen"], ranks: Ranks = SOLO, least: int = 1
 ) -> Iterator[LayerInput]:
-    """What the first decoder layer gets, batch by batch; of several ranks this one's batches."""
+    """What the first decoder layer gets, batch by batch; of several ranks this one's batches.
+
+    ``least`` as in `calibration.capture.batches`.
+    """
     with embedded(source):
         yield from each_first_input(
-            source.model, source.family, windows, source.device, source.dtype, ranks
+            source.model, source.family, windows, source.device, source.dtype, ranks, least
         )
 
 
@@ -154,13 +164,22 @@ def quantize_layer_(
     ranks: Ranks,
 ) -> QuantizedLayer:
     """Quantize the sites of a layer in place; what was measured for it ends with this."""
-    needed = needs_hessians(recipe)
-    statistics = capture_sites(layer, sites, inputs, recipe.seed, hessians=needed, ranks=ranks)
+    held_out: dict[str, SiteStatistics] = {}
+    if recipe.method.chooses:
+        statistics, held_out = statistics_to_choose_by(layer, sites, inputs, recipe, ranks)
+    else:
+        needed = needs_hessians(recipe)
+        statistics = capture_sites(layer, sites, inputs, recipe.seed, hessians=needed, ranks=ranks)
+    choices: dict[str, dict[str, Any]] = {}
     with Stopwatch() as searching:
-        fitted = fitted_sites(layer, sites, partial(_fitted, recipe, statistics), ranks)
+        fit = partial(_fitted, recipe, statistics, choices)
+        fitted = fitted_sites(layer, sites, fit, ranks)
+    if recipe.method.chooses:
+        choices = {name: each for part in ranks.all_json(choices) for name, each in part.items()}
+        statistics = joined_(statistics, held_out)
     fitted, statistics = merge_diagonals_(layer, sites, fitted, statistics)
     fitted = {
-        name: carried(fitted[name], recipe.target, name, plain=_is_plain(layer, site))
+        name: carried(fitted[name], recipe.target, name, plain=is_plain(layer, site))
         for name, site in sites.items()
     }
     moments = rounding_moments_(layer, sites, inputs, fitted, statistics, recipe, ranks)
@@ -170,7 +189,15 @@ def quantize_layer_(
     scales = recipe.scale_rule, recipe.activation_rule
     errors = round_sites_(layer, sites, fitted, groups, recipe.rounding, *scales, ranks)
     entries = [
-        _site_entry(family, index, site, fitted[name], errors[name], routed.get(name, []))
+        _site_entry(
+            family,
+            index,
+            site,
+            fitted[name],
+            errors[name],
+            routed.get(name, []),
+            choices.get(name),
+        )
         for name, site in sites.items()
     ]
     return QuantizedLayer(fitted, entries, searching.seconds)
@@ -220,9 +247,8 @@ def merge_diagonals_(
     of ``statistics`` are rescaled where they are.
     """
     rest, seen = dict(fitted), dict(statistics)
-    quantized = {path for site in sites.values() for path in site.linears}
     for name, site in sites.items():
-        if quantized.issuperset(site.sources) or is_norm(layer, site.source):
+        if can_merge(layer, sites, site):
             rest[name], factors = merge_diagonal_(layer, site, fitted[name], torch.bfloat16)
             if factors is not None:
                 seen[name] = statistics[name].rescaled(factors, overwrite=True)
@@ -233,8 +259,21 @@ def merge_diagonals_(
     }
 
 
-def _fitted(recipe: Recipe, statistics: Mapping[str, SiteStatistics], name: str) -> Transform:
-    return recipe.method.fit(statistics[name], recipe.seed)
+def _fitted(
+    recipe: Recipe,
+    statistics: Mapping[str, SiteStatistics],
+    choices: dict[str, dict[str, Any]],
+    name: str,
+) -> Transform:
+    if not recipe.method.chooses:
+        return recipe.method.fit(statistics[name], recipe.seed)
+    choice = recipe.method.choose(statistics[name], recipe.seed)
+    choices[name] = {
+        "candidate": choice.name,
+        "losses": dict(choice.losses),
+        "at_least": dict(choice.at_least),
+    }
+    return choice.transform
 
 
 def _site_entry(
@@ -244,6 +283,7 @@ def _site_entry(
     transform: Transform,
     error: float,
     experts: list[ExpertInputs],
+    choice: dict[str, Any] | None,
 ) -> SiteEntry:
     counts = {
         "count": len(experts),
@@ -261,9 +301,5 @@ def _site_entry(
         ),
         output_error=error,
         experts=counts if experts else None,
+        choice=choice,
     )
-
-
-def _is_plain(layer: nn.Module, site: Site) -> bool:
-    """Whether no linear of a site has a bias or is an expert's."""
-    return not site.experts and all(linear_at(layer, path).bias is None for path in site.linears)

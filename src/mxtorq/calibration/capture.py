@@ -15,12 +15,16 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
-from mxtorq.calibration.statistics import PairAccumulator, SiteAccumulator
+from mxtorq.calibration.statistics import (
+    PairAccumulator,
+    SiteAccumulator,
+    SplitAccumulator,
+)
 from mxtorq.models.family import Family, Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.transforms.base import SiteStatistics
 
-_Accumulator = TypeVar("_Accumulator", bound=SiteAccumulator)
+_Accumulator = TypeVar("_Accumulator", bound=SiteAccumulator | SplitAccumulator)
 
 BATCH_TOKENS = 4096
 """Tokens a forward pass works on, at least one window."""
@@ -45,9 +49,11 @@ class _Stop(Exception):
     """Ends a forward pass once the first layer's arguments are known."""
 
 
-def batches(windows: Int64[Tensor, "n seqlen"]) -> list[Int64[Tensor, "b seqlen"]]:
-    """Windows in groups of about `BATCH_TOKENS` tokens."""
-    return list(windows.split(max(1, BATCH_TOKENS // windows.shape[1])))
+def batches(windows: Int64[Tensor, "n seqlen"], least: int = 1) -> list[Int64[Tensor, "b seqlen"]]:
+    """Windows in groups of about `BATCH_TOKENS` tokens, ``least`` of them if there are as many
+    windows."""
+    some = min(len(windows) // least, BATCH_TOKENS // windows.shape[1])
+    return list(windows.split(max(1, some)))
 
 
 def first_layer_inputs(
@@ -69,12 +75,14 @@ def each_first_input(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     ranks: Ranks = SOLO,
+    least: int = 1,
 ) -> Iterator[LayerInput]:
     """What the first decoder layer receives for each batch of windows, one batch after the other.
 
     ``device`` and ``dtype`` are those that the layers compute on and in; the embedding's own unless
     given. Of the model's weights only the embedding is used. Batches of one shape share the other
     arguments, which are the same. Of several ranks each gets every ``size``-th batch.
+    ``least`` as in `batches`.
     """
     first = model.get_submodule(f"{family.layers}.0")
     embedding: Any = model.get_submodule(family.embedding)
@@ -86,7 +94,7 @@ def each_first_input(
         caught.append(LayerInput(args[0], kwargs))
         raise _Stop
 
-    for batch in batches(windows)[ranks.rank :: ranks.size]:
+    for batch in batches(windows, least)[ranks.rank :: ranks.size]:
         hook = first.register_forward_pre_hook(catch, with_kwargs=True)
         cast = embedding.register_forward_hook(lambda module, args, output: output.to(dtype))
         try:
@@ -143,6 +151,32 @@ def capture_sites(
         lambda name, width, tokens: SiteAccumulator(name, width, tokens, seed, hessians, ranks),
         ranks,
     )
+    return {
+        name: accumulators[name].finish(site.name, reader_weights(layer, site))
+        for name, site in sites.items()
+    }
+
+
+@torch.no_grad()
+def capture_split(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: Sequence[LayerInput],
+    seed: int,
+    held_out: int,
+    ranks: Ranks = SOLO,
+) -> dict[str, tuple[SiteStatistics, SiteStatistics]]:
+    """As `capture_sites`, of all but the last tokens and of these ``held_out`` ones alone.
+
+    Raises:
+        ModelError: an activation is NaN or Inf.
+    """
+
+    def make(name: str, width: int, tokens: int) -> SplitAccumulator:
+        last = held_out * sites[name].passes
+        return SplitAccumulator(name, width, tokens, last, seed, ranks=ranks)
+
+    accumulators = _record(layer, sites, inputs, make, ranks)
     return {
         name: accumulators[name].finish(site.name, reader_weights(layer, site))
         for name, site in sites.items()

@@ -140,6 +140,49 @@ class SiteAccumulator:
         )
 
 
+class SplitAccumulator:
+    """Collects the inputs of one site, those of the last tokens for themselves."""
+
+    def __init__(
+        self,
+        site: str,
+        width: int,
+        tokens: int,
+        held_out: int,
+        seed: int,
+        hessian: bool = True,
+        ranks: Ranks = SOLO,
+    ) -> None:
+        """The last ``held_out`` of the ``tokens``; what is added at once is on one side."""
+        self._boundary = tokens - held_out
+        self._first = SiteAccumulator(site, width, self._boundary, seed, hessian, ranks)
+        self._last = SiteAccumulator(site, width, held_out, seed, hessian, ranks)
+        self._next = 0
+
+    def seek(self, position: int) -> None:
+        """What is added next stands there in the text."""
+        self._next = position
+
+    def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
+        """As `SiteAccumulator.add`."""
+        last = self._next >= self._boundary
+        part = self._last if last else self._first
+        part.seek(self._next - (self._boundary if last else 0))
+        part.add(inputs)
+        self._next += inputs.shape[:-1].numel()
+
+    def join_(self) -> None:
+        """As `SiteAccumulator.join_`."""
+        self._first.join_()
+        self._last.join_()
+
+    def finish(
+        self, name: SiteName, weights: tuple[Tensor, ...]
+    ) -> tuple[SiteStatistics, SiteStatistics]:
+        """The statistics of the first and of the last tokens."""
+        return self._first.finish(name, weights), self._last.finish(name, weights)
+
+
 class PairAccumulator(SiteAccumulator):
     """Collects what inputs are before and after their rounding: the second moment of the rounded
     ones, and the cross moment of both."""

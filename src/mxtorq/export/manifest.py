@@ -26,6 +26,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 """What readers take out of the tables of a manifest."""
 _FILE = {"sha256": str, "bytes": int}
 _COUNTS = {"count": int, "pooled": int, "unseen": int}
+_CHOICE = {"candidate": str, "losses": dict[str, Any], "at_least": dict[str, Any]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +49,9 @@ class SiteEntry:
     """Of a site that experts share: their ``count``; how many were ``pooled``, having seen fewer
     tokens than the site is wide, so that a rounding that looks at inputs looked at those of all
     experts; and how many of these were ``unseen``. Absent elsewhere."""
+    choice: dict[str, Any] | None = None
+    """Of a method that chooses: the ``candidate`` that was taken, the ``losses`` of those that were
+    compared to the end, and what the others lose ``at_least``. Absent elsewhere."""
 
 
 def site_entries(values: Any, refuse: Refusal) -> list[SiteEntry]:
@@ -66,6 +70,8 @@ def site_entries(values: Any, refuse: Refusal) -> list[SiteEntry]:
             require_keys(entry.experts, _COUNTS, refuse, entry.site)
             if entry.experts["count"] < 1:
                 raise refuse(f"{entry.site} with {entry.experts['count']} experts")
+        if entry.choice is not None:
+            require_keys(entry.choice, _CHOICE, refuse, entry.site)
     return entries
 
 
@@ -110,8 +116,9 @@ class Manifest:
     def to_json(self) -> str:
         content = {"schema": SCHEMA, "version": VERSION, **asdict(self)}
         for entry in content["sites"]:
-            if entry["experts"] is None:
-                del entry["experts"]
+            for name in ("experts", "choice"):
+                if entry[name] is None:
+                    del entry[name]
         return json.dumps(content, indent=1) + "\n"
 
     @classmethod

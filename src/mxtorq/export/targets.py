@@ -9,6 +9,9 @@ the target decides before calibration. Facts about engines as read in vLLM 0.33,
 from dataclasses import dataclass
 from enum import StrEnum
 
+from jaxtyping import Float64
+from torch import Tensor
+
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.spec import BLOCK
@@ -78,6 +81,20 @@ _CARDS = {
 }
 
 
+def runs(transform: Transform, target: Target, *, plain: bool) -> bool:
+    """Whether a target runs what is left online of a transform; ``plain`` as in `carried`."""
+    card = target.card
+    if card.transforms == "all" or transform.kind == "identity":
+        return True
+    return card.transforms == "matrix" and plain and _shared(transform) is not None
+
+
+def _shared(transform: Transform) -> Float64[Tensor, "32 32"] | None:
+    """The one matrix for all blocks that a transform is, if it is one."""
+    rest, matrices = transform.split_blocks()
+    return matrices[0] if rest is None and matrices is not None and len(matrices) == 1 else None
+
+
 def carried(transform: Transform, target: Target, site: str, *, plain: bool) -> Transform:
     """The transform as the target will really apply it.
 
@@ -90,15 +107,13 @@ def carried(transform: Transform, target: Target, site: str, *, plain: bool) -> 
     Raises:
         UsageError: the target cannot.
     """
-    card = target.card
+    card, shared = target.card, _shared(transform)
     if card.transforms == "all" or transform.kind == "identity":
         return transform
-    rest, matrices = transform.split_blocks()
-    shared = rest is None and matrices is not None and len(matrices) == 1
-    if card.transforms == "matrix" and plain and shared and matrices is not None:
-        return engine_matrix(transform.width, matrices[0])
+    if shared is not None and runs(transform, target, plain=plain):
+        return engine_matrix(transform.width, shared)
     found = f"a transform of kind {transform.kind!r} that has to run online"
-    if shared and not plain:
+    if shared is not None and not plain:
         found += " before linears with a bias or of experts"
     raise UsageError(
         asked=f"the target {target.value} for {site}",

@@ -17,6 +17,8 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput, advance_, capture_sites
+from mxtorq.choosing import least_batches, statistics_to_choose_by
+from mxtorq.config import Recipe
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.inspection.measures import Lengths, LongRow, Measure
@@ -71,12 +73,13 @@ def survey(
         replacements: keep the quantized linears too.
     """
     family = source.family
-    inputs = list(first_inputs(source, windows))
+    least = max(map(least_batches, methods.values()), default=1)
+    inputs = list(first_inputs(source, windows, least=least))
     for index, layer in staged_(source):
         named = {family.site_name(index, site): site for site in family.sites}
         named = {name: site for name, site in named.items() if name in sites}
         found = SurveyedLayer(index)
-        transforms, samples = fitted(layer, named, inputs, methods, seed)
+        transforms, samples = fitted(layer, named, inputs, methods, rule, seed)
         seen = pass_(layer, named, inputs, transforms, rule, found)
         for (name, method), transform in transforms.items():
             weights = Measure(transform.width, rule)
@@ -103,13 +106,19 @@ def fitted(
     sites: Mapping[str, Site],
     inputs: Sequence[LayerInput],
     methods: Mapping[str, TransformMethod],
+    rule: ScaleRule,
     seed: int,
 ) -> tuple[dict[Key, Transform], dict[str, Tensor]]:
     """The transform of each site under each method, and a sample of each site's inputs."""
     needed = any(method.needs_hessian for method in methods.values())
     if not sites:
         return {}, {}
-    statistics = capture_sites(layer, dict(sites), inputs, seed, hessians=needed)
+    choosing = [method for method in methods.values() if method.chooses]
+    if choosing:  # what is judged by does not depend on which of them it is
+        asked = Recipe(method=choosing[0], scale_rule=rule, seed=seed)
+        statistics, _ = statistics_to_choose_by(layer, dict(sites), inputs, asked)
+    else:
+        statistics = capture_sites(layer, dict(sites), inputs, seed, hessians=needed)
     transforms = {
         (name, called): method.fit(statistics[name], seed).to(statistics[name].amax.device)
         for name in sites

@@ -22,6 +22,7 @@ from torch import nn
 
 from mxtorq.calibration.capture import LayerInput, batches
 from mxtorq.calibration.data import Windows
+from mxtorq.choosing import least_batches
 from mxtorq.config import Recipe
 from mxtorq.loading.source import Source
 from mxtorq.quantization import first_inputs, quantize_layers_
@@ -96,7 +97,9 @@ def _once(
     source: Source, recipe: Recipe, windows: Windows, unfit: Mapping[str, int]
 ) -> tuple[Pace, float]:
     first = with_one_layer(source)
-    inputs = Clocked(list(first_inputs(first, torch.cat(batches(windows.ids)[:2]))), source.device)
+    some = torch.cat(batches(windows.ids, least_batches(recipe.method))[:2])
+    least = least_batches(recipe.method)
+    inputs = Clocked(list(first_inputs(first, some, least=least)), source.device)
     started = now(source.device)
     for _ in quantize_layers_(first, inputs, recipe, unfit, _silent):
         pass

@@ -103,17 +103,29 @@ def merge_diagonal_(
         What is left to do online, and the factors that the site's channels were multiplied with
         (None: nothing was merged).
     """
-    links = transform.links if isinstance(transform, Chain) else (transform,)
-    first = links[0]
-    own = source_width(layer, site) == first.width and not site.kept_readers
-    if not isinstance(first, Diagonal) or not own:
+    first, rest = split_diagonal(transform)
+    if first is None or not merges(layer, site):
         return transform, None
     _widen_(layer, site)
     wanted = first.factors.to(linear_at(layer, site.linears[0]).weight.dtype)
     # Every channel has its own source here, so that no head is repeated: one head of all channels.
     applied = rescale_site_(layer, site, wanted, head_dim=len(wanted), kept=kept)
-    rest = chain(*links[1:]) if len(links) > 1 else Identity(first.width)
     return rest, applied.double()
+
+
+def merges(layer: nn.Module, site: Site) -> bool:
+    """Whether a diagonal can be merged into a site's source: each channel has one of its own, and
+    nothing reads it that stays in BF16."""
+    width = linear_at(layer, site.linears[0]).in_features
+    return source_width(layer, site) == width and not site.kept_readers
+
+
+def split_diagonal(transform: Transform) -> tuple[Diagonal | None, Transform]:
+    """The diagonal that a transform begins with, and what comes after it."""
+    first, *more = transform.links if isinstance(transform, Chain) else (transform,)
+    if not isinstance(first, Diagonal):
+        return None, transform
+    return first, chain(*more) if more else Identity(first.width)
 
 
 def _widen_(layer: nn.Module, site: Site) -> None:

@@ -22,16 +22,17 @@ from mxtorq.transforms.duquant.method import DuQuant, DuQuantPlusPlus
 from mxtorq.transforms.engine_matrix import EngineMatrix
 from mxtorq.transforms.hadamard import Hadamard
 from mxtorq.transforms.hires.method import HiRes
+from mxtorq.transforms.mxtorq.method import MXTORQ
 from mxtorq.transforms.perq import PeRQ
 from mxtorq.transforms.quarot import QuaRot
 from mxtorq.transforms.rotation import Identity, IdentityMethod
 from mxtorq.transforms.smoothquant import SmoothQuant
 from mxtorq.transforms.spinquant import SpinQuant
 from mxtorq.transforms.torq.method import TORQ
-from mxtorq.transforms.torq.rotation import TwoLevelRotation
 from mxtorq.transforms.wush import WUSH
 
 METHODS: dict[str, type[TransformMethod]] = {
+    "mxtorq": MXTORQ,
     "identity": IdentityMethod,
     "hadamard": Hadamard,
     "torq": TORQ,
@@ -49,7 +50,6 @@ METHODS: dict[str, type[TransformMethod]] = {
 
 KINDS: dict[str, type[Transform]] = {
     Identity.kind: Identity,
-    TwoLevelRotation.kind: TwoLevelRotation,
     Chain.kind: Chain,
     EngineMatrix.kind: EngineMatrix,
     **LINKS,

@@ -16,9 +16,35 @@ from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from mxtorq.errors import UsageError
+from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
 from mxtorq.models.family import SiteName
 from mxtorq.transforms.congruence import congruence_
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Judgement:
+    """What a method needs that chooses among transforms by what they lose once all is rounded."""
+
+    held_out: Float32[Tensor, "sampled d"]
+    """Inputs of calibration tokens behind nothing else that a method may see."""
+    gradients: Float32[Tensor, "rows d"]
+    """Of the layer's output along random directions, with respect to the site's input: an error e
+    of an input changes that output by E (e g)^2 in the mean square (`calibration.gradients`)."""
+    output_weights: Float64[Tensor, " d_out"]
+    """The mean square of the same gradients with respect to each output of the site's linears: what
+    an error there is worth."""
+    activations: Scale
+    """By which inputs will be rounded."""
+    corrected: bool
+    """Whether weights will be corrected for what the rounding of inputs does in the mean."""
+    rounded: Callable[[Float32[Tensor, "rows d"], Callable[[], Tensor]], Tensor]
+    """Weights as the run will round them; the second argument gives the second moment of their
+    inputs to a rounding that asks for it."""
+    runs: Callable[["Transform"], bool]
+    """Whether the target runs a transform."""
+    stock: Callable[["Transform"], bool]
+    """Whether engines run it without mxtorq."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -40,6 +66,8 @@ class SiteStatistics:
     """Some of the tokens' inputs, drawn uniformly without replacement, in the order of the text."""
     weights: tuple[Float[Tensor, "_ d"], ...]
     """The weight of each linear that reads the site, in the dtype in which the model holds it."""
+    judgement: Judgement | None = None
+    """For a method that `chooses`."""
 
     @property
     def width(self) -> int:
@@ -223,6 +251,18 @@ class Network:
     """(steps done, steps in all) of a method that takes long."""
 
 
+class Choice(NamedTuple):
+    """What a method chose for a site."""
+
+    transform: Transform
+    name: str
+    """Of the candidate."""
+    losses: Mapping[str, float]
+    """What candidates lose, by name."""
+    at_least: Mapping[str, float]
+    """Likewise of candidates that were ruled out by what they lose at least."""
+
+
 class TransformMethod(ABC):
     """How transforms are chosen. Subclasses are frozen dataclasses of options.
 
@@ -237,6 +277,10 @@ class TransformMethod(ABC):
     needs_weights: ClassVar[bool] = True
     """Whether `fit` reads the weights; a forecast of memory counts them."""
 
+    chooses: ClassVar[bool] = False
+    """Whether it chooses among transforms: it reads `SiteStatistics.judgement`, and has `choose`,
+    which says what was chosen and why."""
+
     @property
     def needs_compensation(self) -> bool:
         """Whether its transforms only make sense when rounding makes good for its own errors."""
@@ -245,6 +289,10 @@ class TransformMethod(ABC):
     @abstractmethod
     def fit(self, statistics: SiteStatistics, seed: int) -> Transform:
         """Choose a site's transform: a function of options, statistics and seed alone."""
+
+    def choose(self, statistics: SiteStatistics, seed: int) -> "Choice":
+        """As `fit`, with what was compared: of a method that `chooses`."""
+        return Choice(self.fit(statistics, seed), "", {}, {})
 
     def check(self, shape: NetworkShape) -> None:
         """Refuse a network that the method cannot serve, before any work.

@@ -14,10 +14,18 @@ from mxtorq.transforms.diagonal import Diagonal
 from mxtorq.transforms.kronecker import KroneckerRotation
 from mxtorq.transforms.permutation import Permutation
 from mxtorq.transforms.rotation import BlockRotation
+from mxtorq.transforms.torq.rotation import TwoLevelRotation
 
 LINKS: dict[str, type[Transform]] = {
     link.kind: link
-    for link in (BlockMatrices, BlockRotation, Diagonal, KroneckerRotation, Permutation)
+    for link in (
+        BlockMatrices,
+        BlockRotation,
+        Diagonal,
+        KroneckerRotation,
+        Permutation,
+        TwoLevelRotation,
+    )
 }
 """What a chain may consist of, by kind."""
 

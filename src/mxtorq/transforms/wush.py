@@ -98,9 +98,11 @@ def weight_moments(statistics: SiteStatistics) -> Float64[Tensor, "blocks 32 32"
     return moments
 
 
-def diagonal_blocks(matrix: Float64[Tensor, "d d"]) -> Float64[Tensor, "blocks 32 32"]:
-    """The 32 x 32 blocks on the diagonal."""
-    blocks = matrix.unflatten(0, (-1, BLOCK)).unflatten(-1, (-1, BLOCK))
+def diagonal_blocks(
+    matrix: Float64[Tensor, "d d"], size: int = BLOCK
+) -> Float64[Tensor, "blocks n n"]:
+    """The blocks of that size on the diagonal."""
+    blocks = matrix.unflatten(0, (-1, size)).unflatten(-1, (-1, size))
     diagonal: Tensor = blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
     return diagonal
 

@@ -1,0 +1,142 @@
+"""What an error at a site does to the output of its layer: gradients through one layer.
+
+An error e of a token's input at a site changes the layer's output h by J e + O(|e|^2). For random r
+with E r^T r = I the vector g = r J has E (e g^T)^2 = |J e|^2: the gradient of the scalar <r, h>
+with respect to the site's input says, in the mean square, what errors there cost. It sees what the
+weights of the site alone cannot: that most of q and k does not matter where attention is sharp,
+that a gate which is shut passes nothing on. r is divided by the token's root mean square of h, as
+the next norm will divide: what counts is an error's part of the residual stream.
+
+One backward pass through one layer at a time, on the first batches of the calibration text, and
+never through the model. Nothing is learned from it but these second moments.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float32, Float64
+from torch import Tensor, nn
+
+from mxtorq.calibration.capture import LayerInput
+from mxtorq.errors import ModelError
+from mxtorq.models.family import Site
+from mxtorq.ranks import SOLO, Ranks
+
+BATCHES = 2
+"""Of the calibration text, that gradients are computed for."""
+
+
+class SiteGradients(NamedTuple):
+    """Of one input site."""
+
+    rows: Float32[Tensor, "rows d"]
+    """g of each token: with respect to the input that all linears of the site share."""
+    output_weights: Float64[Tensor, " d_out"]
+    """The mean square of the gradient of each output of the site's linears."""
+
+
+def capture_gradients(
+    layer: nn.Module,
+    sites: Mapping[str, Site],
+    inputs: Sequence[LayerInput],
+    seed: int,
+    ranks: Ranks = SOLO,
+) -> dict[str, SiteGradients]:
+    """The gradients of a layer's output along random directions, at each site.
+
+    Args:
+        layer: the decoder layer, unquantized.
+        sites: by full name.
+        inputs: the layer's inputs, those of this rank; the first `BATCHES` of all ranks count.
+        seed: of the directions, which are those of a batch whoever computes it.
+
+    Raises:
+        ModelError: a gradient is NaN or Inf.
+    """
+    mine = [
+        (number, item)
+        for number, item in enumerate(inputs[:BATCHES])
+        if ranks.rank + number * ranks.size < BATCHES
+    ]
+    rows: dict[str, list[Tensor]] = {name: [] for name in sites}
+    squares: dict[str, list[Tensor]] = {name: [] for name in sites}
+    for number, item in mine:
+        draw = torch.Generator().manual_seed(seed + ranks.rank + number * ranks.size)
+        at_inputs, at_outputs = _backward(layer, sites, item, draw)
+        for name in sites:
+            rows[name].append(at_inputs[name])
+            squares[name].append(at_outputs[name])
+    found = {}
+    for name in sites:
+        # Ranks have one batch each before any has two, so theirs follow each other in the text.
+        every = torch.cat(ranks.gather(rows[name]))
+        total = torch.stack(ranks.gather(squares[name])).sum(0)
+        if not bool(torch.isfinite(every).all()) or not bool(torch.isfinite(total).all()):
+            raise ModelError(
+                asked=f"the gradients of a layer's output at {name}",
+                found="NaN or Inf",
+                why="what an error there costs cannot be known from them",
+                todo="evaluate the unquantized model first; where it is well, pass another "
+                "--calibration text, or choose a method without gradients, such as wush",
+            )
+        found[name] = SiteGradients(every, total / len(every))
+    return found
+
+
+def _backward(
+    layer: nn.Module, sites: Mapping[str, Site], item: LayerInput, draw: torch.Generator
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients at the inputs of each site, and the sums of their squares at its outputs."""
+    reached: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    hooks = [
+        layer.get_submodule(path).register_forward_pre_hook(partial(_hear, reached, path))
+        for site in sites.values()
+        for path in site.taps
+    ]
+    hooks += [
+        layer.get_submodule(path).register_forward_hook(partial(_see, given, path))
+        for site in sites.values()
+        for path in site.linears
+    ]
+    try:
+        with torch.enable_grad():
+            start = item.hidden.detach().clone().requires_grad_(True)
+            output = layer(start, **item.arguments)
+            output = output[0] if isinstance(output, tuple) else output
+    finally:
+        for hook in hooks:
+            hook.remove()
+    size = output.detach().float().square().mean(-1, keepdim=True).sqrt()
+    random = torch.randn(output.shape, generator=draw).to(output.device)
+    probe = torch.where(size > 0, random / size, 0.0).to(output.dtype)
+    found = torch.autograd.grad(output, [*reached.values(), *given.values()], probe)
+    inputs = dict(zip(reached, found[: len(reached)], strict=True))
+    outputs = dict(zip(given, found[len(reached) :], strict=True))
+    rows, squares = {}, {}
+    for name, site in sites.items():
+        # An expert that no token of the batch goes to is not called.
+        parts = [inputs[path].flatten(0, -2).float() for path in site.taps if path in inputs]
+        rows[name] = torch.cat(parts)
+        sums = [_squares(outputs.get(path), layer, path) for path in site.linears]
+        squares[name] = torch.cat(sums)
+    return rows, squares
+
+
+def _squares(gradient: Tensor | None, layer: nn.Module, path: str) -> Float64[Tensor, " d_out"]:
+    if gradient is None:
+        linear: Any = layer.get_submodule(path)
+        return torch.zeros(linear.out_features, dtype=torch.float64, device=linear.weight.device)
+    return gradient.flatten(0, -2).double().square().sum(0)
+
+
+def _hear(reached: dict[str, Tensor], path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    reached[path] = args[0]
+
+
+def _see(
+    given: dict[str, Tensor], path: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    given[path] = output

@@ -1,0 +1,137 @@
+"""What a method that chooses is given of a layer, and what is kept of its choices.
+
+Such a method (`TransformMethod.chooses`) fits candidates to the statistics of the first batches of
+the calibration text, and judges them on the last ones, an eighth of all, that no candidate has seen
+(`hold_out`). What an error is worth it reads off gradients (`calibration.gradients`). When it has
+chosen, the moments of both parts are added up, so that weights are rounded by all tokens, and all
+of this costs one pass over the text, as for any method, and a backward pass over two batches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+from torch import Tensor, nn
+
+from mxtorq.calibration.capture import LayerInput, capture_split
+from mxtorq.calibration.gradients import SiteGradients, capture_gradients
+from mxtorq.config import Recipe
+from mxtorq.errors import UsageError
+from mxtorq.export.targets import Target, runs
+from mxtorq.kernels.dispatch import dequantize
+from mxtorq.models.family import Site
+from mxtorq.ranks import SOLO, Ranks
+from mxtorq.surgery.linear import linear_at
+from mxtorq.surgery.rescale import is_norm, merges, split_diagonal
+from mxtorq.transforms.base import Judgement, SiteStatistics, Transform, TransformMethod
+
+_EIGHTH = 8
+
+
+def least_batches(method: TransformMethod) -> int:
+    """Batches that the calibration text is cut into at least."""
+    return 2 if method.chooses else 1
+
+
+def hold_out(inputs: Sequence[LayerInput], ranks: Ranks = SOLO) -> int:
+    """How many tokens are held out: those of the last batches, about an eighth, of all ranks.
+
+    Raises:
+        UsageError: there is one batch alone.
+    """
+    counts = ranks.all_json([item.tokens for item in inputs])
+    steps = max(map(len, counts))
+    sizes = [count[step] for step in range(steps) for count in counts if step < len(count)]
+    if len(sizes) < 2:
+        raise UsageError(
+            asked="a choice among transforms by what they lose on held-out text",
+            found="one window of calibration text",
+            why="candidates are fitted to some windows and judged on others",
+            todo="pass more --calibration-tokens or a smaller --seqlen, or a method that does not "
+            "choose, such as wush",
+        )
+    return sum(sizes[-max(1, round(len(sizes) / _EIGHTH)) :])
+
+
+def statistics_to_choose_by(
+    layer: nn.Module,
+    sites: dict[str, Site],
+    inputs: Sequence[LayerInput],
+    recipe: Recipe,
+    ranks: Ranks = SOLO,
+) -> tuple[dict[str, SiteStatistics], dict[str, SiteStatistics]]:
+    """The statistics of each site, with what candidates are judged by, and those held out."""
+    held_out = hold_out(inputs, ranks)
+    pairs = capture_split(layer, sites, inputs, recipe.seed, held_out, ranks)
+    gradients = capture_gradients(layer, sites, inputs, recipe.seed, ranks)
+    seen = {
+        name: replace(
+            first,
+            judgement=_judgement(layer, sites, name, last.sample, gradients.pop(name), recipe),
+        )
+        for name, (first, last) in pairs.items()
+    }
+    return seen, {name: last for name, (_, last) in pairs.items()}
+
+
+def joined_(
+    seen: Mapping[str, SiteStatistics], held_out: dict[str, SiteStatistics]
+) -> dict[str, SiteStatistics]:
+    """The statistics of all tokens, without what candidates were judged by.
+
+    Second moments are added up where they are, and ``held_out`` is emptied.
+    """
+    return {name: _joined_(first, held_out.pop(name)) for name, first in seen.items()}
+
+
+def is_plain(layer: nn.Module, site: Site) -> bool:
+    """Whether no linear of a site has a bias or is an expert's."""
+    return not site.experts and all(linear_at(layer, path).bias is None for path in site.linears)
+
+
+def can_merge(layer: nn.Module, sites: Mapping[str, Site], site: Site) -> bool:
+    """Whether a diagonal of a site may go into its source: a norm, or linears that are quantized
+    themselves."""
+    quantized = {path for each in sites.values() for path in each.linears}
+    return quantized.issuperset(site.sources) or is_norm(layer, site.source)
+
+
+def _judgement(
+    layer: nn.Module,
+    sites: Mapping[str, Site],
+    name: str,
+    held_out: Tensor,
+    gradients: SiteGradients,
+    recipe: Recipe,
+) -> Judgement:
+    site = sites[name]
+    merging = can_merge(layer, sites, site) and merges(layer, site)
+    plain = is_plain(layer, site)
+
+    def run_by(target: Target, transform: Transform) -> bool:
+        rest = split_diagonal(transform)[1] if merging else transform
+        return runs(rest, target, plain=plain)
+
+    def rounded(weight: Tensor, hessian: Callable[[], Tensor]) -> Tensor:
+        return dequantize(recipe.rounding.round(weight, hessian, recipe.scale_rule))
+
+    return Judgement(
+        held_out=held_out,
+        gradients=gradients.rows,
+        output_weights=gradients.output_weights,
+        activations=recipe.activation_rule,
+        corrected=recipe.rounding.corrects_inputs,
+        rounded=rounded,
+        runs=partial(run_by, recipe.target),
+        stock=partial(run_by, Target.VLLM_EMULATION),
+    )
+
+
+def _joined_(first: SiteStatistics, last: SiteStatistics) -> SiteStatistics:
+    tokens = first.tokens + last.tokens
+    moment = first.second_moment
+    if moment is not None and last.second_moment is not None:
+        moment.mul_(first.tokens / tokens).add_(last.second_moment, alpha=last.tokens / tokens)
+    return replace(
+        first, tokens=tokens, second_moment=moment, amax=first.amax.max(last.amax), judgement=None
+    )
