@@ -34,6 +34,8 @@ class SiteSizes:
     groups: int
     """How many such matrices there are."""
     experts: bool
+    passes: int
+    """Inputs that a token has there."""
 
     @property
     def stacked(self) -> int:
@@ -139,6 +141,7 @@ def job_of(source: Source, recipe: Recipe, windows: Windows, unfit: Container[st
                     tallest=max(rows),
                     groups=len(site.groups),
                     experts=site.experts > 0,
+                    passes=site.passes,
                 )
             )
     embedding: Any = source.model.get_submodule(family.embedding)

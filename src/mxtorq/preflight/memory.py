@@ -12,6 +12,7 @@ numbers of its largest linear.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from mxtorq.calibration.gradients import BATCHES
 from mxtorq.preflight.job import BF16, Job, SiteSizes
 from mxtorq.reports.needs import Budget
 
@@ -95,10 +96,18 @@ def phases(job: Job, keep_activations: bool) -> list[Phase]:
             host={} if job.whole else {"a tensor while it is read": reads(job)},
         ),
         Phase(
+            name="gradients of a layer",
+            compute=layers
+            | kept
+            | batch
+            | {"second moments": moments(job)}
+            | {"gradients": gradients(job), "a backward pass": backward(job)},
+        ),
+        Phase(
             name="fitting a layer",
             compute=layers
             | kept
-            | {"second moments": moments(job)}
+            | {"second moments": moments(job), "gradients": gradients(job)}
             | {"choosing a transform": worst_site(job, lambda site: fitting(job, site))},
         ),
         Phase(
@@ -194,9 +203,27 @@ def dequantized(job: Job) -> int:
 
 def moments(job: Job) -> int:
     """The Hessian of each site of a layer: 8 d^2. A rounding that corrects weights for what it
-    does to inputs has that of plain inputs, of rounded ones and across: three times that."""
-    each = 3 if job.recipe.rounding.corrects_inputs else 1
+    does to inputs has that of plain inputs, of rounded ones and across: three times that. A method
+    that chooses has one of the text that it fits to and one of the text that it judges by."""
+    each = 3 if job.recipe.rounding.corrects_inputs else 2 if job.recipe.method.chooses else 1
     return each * sum(_DOUBLE * site.width**2 for site in job.sites) if job.hessians else 0
+
+
+def gradients(job: Job) -> int:
+    """For a method that chooses, the gradients at each site's inputs of some batches, in float32:
+    a row of each token, or of each that goes to an expert."""
+    tokens = min(BATCHES * job.batch, job.tokens) if job.recipe.method.chooses else 0
+    return _FLOAT * tokens * sum(site.width * site.passes for site in job.sites)
+
+
+def backward(job: Job) -> int:
+    """What a layer keeps of one batch for its gradients: twice what a forward pass has at a time,
+    the inputs of each product, and every weight in the dtype of the products."""
+    if not job.recipe.method.chooses:
+        return 0
+    inputs = job.size * job.batch * sum(site.width * site.passes for site in job.sites)
+    widened = 0 if job.whole or job.size == BF16 else job.size * job.quantized
+    return 2 * forward(job) + 2 * inputs + widened
 
 
 def expert_moments(job: Job) -> int:

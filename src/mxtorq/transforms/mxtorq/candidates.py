@@ -6,12 +6,16 @@ steps that mix or move whole blocks first: TORQ's R_inter and PeRQ's permutation
 blocks do not fill a width is not one there.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
+from jaxtyping import Float
 from torch import Tensor
 
+from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
-from mxtorq.transforms.base import Judgement, SiteStatistics, Transform, TransformMethod
+from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
 from mxtorq.transforms.chain import chain
 from mxtorq.transforms.duquant.method import DuQuantPlusPlus
 from mxtorq.transforms.hadamard import Hadamard, sylvester
@@ -35,61 +39,86 @@ PAPERS: dict[str, TransformMethod] = {
 }
 """Methods by name, simpler ones first."""
 
-SIZES = {"layer-32": 32, "layer-64": 64, "layer-128": 128, "layer-256": 256}
+
+SIZES = (32, 64, 128, 256)
 """Blocks of the layer-aware transform."""
 
-FIRST: dict[str, TransformMethod] = {
-    "torq-inter": TORQ(levels=Levels.INTER),
-    "perq-order": PeRQ(rotate=False),
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Place:
+    """A site as candidates see it, or what a transform makes of it."""
+
+    statistics: SiteStatistics
+    metric: Float[Tensor, "rows d"]
+    """Rows g: an error e of an input costs the mean of (e g^T)^2."""
+    activations: Scale
+    """By which inputs will be rounded."""
+    seed: int
+    damping: float
+    phases: bool
+
+    def after(self, transform: Transform) -> "Place":
+        """The same site for whoever comes after a transform; weights are left as they are."""
+        seen = replace(
+            self.statistics,
+            second_moment=self.statistics.transformed_hessian(transform),
+            sample=transform.apply(self.statistics.sample),
+        )
+        metric = transform.fuse(self.metric.double()).float()
+        return replace(self, statistics=seen, metric=metric)
+
+
+def by_method(method: TransformMethod, place: Place) -> Transform | None:
+    """What a method fits by itself."""
+    return method.fit(place.statistics, place.seed)
+
+
+def aware(place: Place, size: int) -> Transform | None:
+    """The layer-aware transform, at its best scale; None where blocks do not fill the width."""
+    if place.statistics.width % size:
+        return None
+    found = layer_aware(place.statistics, place.metric, size, place.damping)
+    if not place.phases:
+        return found
+    return at_best_scale(found, place.statistics, place.metric, place.activations)
+
+
+def smoothed(place: Place) -> Transform:
+    """The layer-aware transform whose matrices are diagonal, and Hadamard's after it."""
+    smooth = layer_smooth(place.statistics, place.metric, place.damping)
+    return chain(smooth, BlockRotation(place.statistics.width, sylvester(BLOCK)))
+
+
+def torq_inter(place: Place) -> Transform:
+    """TORQ's R_inter alone."""
+    return TORQ(levels=Levels.INTER).fit(place.statistics, place.seed)
+
+
+def perq_order(place: Place) -> Transform:
+    """PeRQ's permutation alone."""
+    return PeRQ(rotate=False).fit(place.statistics, place.seed)
+
+
+def in_turn(first: Callable[[Place], Transform], size: int, place: Place) -> Transform | None:
+    """The layer-aware transform of what another makes of the inputs."""
+    if place.statistics.width % size:
+        return None
+    rest = first(place)
+    last = aware(place.after(rest), size)
+    return last if last is None else chain(rest, last)
+
+
+CANDIDATES: dict[str, Callable[[Place], Transform | None]] = {
+    **{name: partial(by_method, method) for name, method in PAPERS.items()},
+    "layer-smooth/hadamard": smoothed,
+    **{f"layer-{size}": partial(aware, size=size) for size in SIZES},
+    "torq-inter/layer-32": partial(in_turn, torq_inter, 32),
+    "perq-order/layer-32": partial(in_turn, perq_order, 32),
+    "perq-order/layer-128": partial(in_turn, perq_order, 128),
 }
-"""What may go before a layer-aware transform."""
-
-PAIRS = {
-    "torq-inter/layer-32": ("torq-inter", "layer-32"),
-    "perq-order/layer-32": ("perq-order", "layer-32"),
-    "perq-order/layer-128": ("perq-order", "layer-128"),
-}
-
-SMOOTHED = "layer-smooth/hadamard"
-"""The layer-aware transform whose matrices are diagonal, and Hadamard's after it."""
-
-NAMES = (*PAPERS, SMOOTHED, *SIZES, *PAIRS)
-"""All of them; a tie goes to the earlier."""
+"""All of them; a tie goes to the earlier, the simpler one."""
 
 
 def least_cost(name: str) -> int:
     """What a candidate costs at least, in multiply-adds a token and channel."""
-    return SIZES.get(PAIRS.get(name, ("", name))[1], 0)
-
-
-def fitted(
-    name: str,
-    statistics: SiteStatistics,
-    judgement: Judgement,
-    metric: Tensor,
-    seed: int,
-    *,
-    damping: float,
-    phases: bool,
-) -> Transform | None:
-    """A candidate's transform of a site; None where its blocks do not fill the width."""
-    if name in PAPERS:
-        return PAPERS[name].fit(statistics, seed)
-    if name == SMOOTHED:
-        smooth = layer_smooth(statistics, metric, damping)
-        return chain(smooth, BlockRotation(statistics.width, sylvester(BLOCK)))
-    before, last = PAIRS.get(name, ("", name))
-    size = SIZES[last]
-    if statistics.width % size:
-        return None
-    rest, seen, rows = None, statistics, metric
-    if before:
-        rest = FIRST[before].fit(statistics, seed)
-        moment = statistics.transformed_hessian(rest)
-        sample = rest.apply(statistics.sample)
-        seen = replace(statistics, second_moment=moment, sample=sample)
-        rows = rest.fuse(metric.double()).float()
-    found = layer_aware(seen, rows, size, damping)
-    if phases:
-        found = at_best_scale(found, seen, rows, judgement.activations)
-    return found if rest is None else chain(rest, found)
+    return max((size for size in SIZES if f"layer-{size}" in name), default=0)

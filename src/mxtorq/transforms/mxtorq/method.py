@@ -21,7 +21,7 @@ from torch import Tensor
 from mxtorq import specs
 from mxtorq.errors import UsageError
 from mxtorq.transforms.base import Choice, Judgement, SiteStatistics, Transform, TransformMethod
-from mxtorq.transforms.mxtorq import candidates
+from mxtorq.transforms.mxtorq.candidates import CANDIDATES, Place, least_cost
 from mxtorq.transforms.mxtorq.loss import Losses
 from mxtorq.transforms.wush import SMALLEST_DAMPING
 
@@ -48,7 +48,7 @@ class MXTORQ(TransformMethod):
     margin: float = 0.0
     """What part of the least loss may be lost on top for a transform that stock engines run."""
     candidates: str = ALL
-    """Names out of `candidates.NAMES`, joined by ``+``."""
+    """Names out of `candidates.CANDIDATES`, joined by ``+``."""
     metric: Metric = Metric.LAYER
     """By what transforms are fitted and judged."""
     phases: bool = True
@@ -58,8 +58,8 @@ class MXTORQ(TransformMethod):
 
     def __post_init__(self) -> None:
         for name in self.names:
-            if name not in candidates.NAMES:
-                raise specs.unknown("candidate", name, candidates.NAMES)
+            if name not in CANDIDATES:
+                raise specs.unknown("candidate", name, CANDIDATES)
         if self.budget < 0 or not 0 <= self.margin < float("inf"):
             raise UsageError(
                 asked=f"budget={self.budget}, margin={self.margin}",
@@ -81,10 +81,10 @@ class MXTORQ(TransformMethod):
     def names(self) -> tuple[str, ...]:
         """The candidates, simpler ones first."""
         if self.candidates == ALL:
-            return candidates.NAMES
+            return tuple(CANDIDATES)
         named = self.candidates.split("+")
-        return tuple(name for name in candidates.NAMES if name in named) + tuple(
-            name for name in named if name not in candidates.NAMES
+        return tuple(name for name in CANDIDATES if name in named) + tuple(
+            name for name in named if name not in CANDIDATES
         )
 
     def fit(self, statistics: SiteStatistics, seed: int) -> Transform:
@@ -106,10 +106,18 @@ class MXTORQ(TransformMethod):
                 "the candidates by itself, such as wush",
             )
         metric, judgement = self._metric(statistics, judgement)
+        place = Place(
+            statistics=statistics,
+            metric=metric,
+            activations=judgement.activations,
+            seed=seed,
+            damping=self.damping,
+            phases=self.phases,
+        )
         found = {
             name: fit
             for name in self.names
-            if (fit := self._candidate(name, statistics, judgement, metric, seed)) is not None
+            if (fit := self._candidate(name, place, judgement)) is not None
         }
         if not found:
             raise UsageError(
@@ -135,27 +143,12 @@ class MXTORQ(TransformMethod):
         chosen = min(stock or near, key=lambda name: whole[name])
         return Choice(found[chosen], chosen, whole, {n: least[n] for n in found if n not in whole})
 
-    def _candidate(
-        self,
-        name: str,
-        statistics: SiteStatistics,
-        judgement: Judgement,
-        metric: Tensor,
-        seed: int,
-    ) -> Transform | None:
+    def _candidate(self, name: str, place: Place, judgement: Judgement) -> Transform | None:
         """A candidate's transform, if there is one that the budget allows and the target runs."""
-        most = self.budget * statistics.width
-        if candidates.least_cost(name) > self.budget:
+        if least_cost(name) > self.budget:
             return None
-        fit = candidates.fitted(
-            name,
-            statistics,
-            judgement,
-            metric,
-            seed,
-            damping=self.damping,
-            phases=self.phases,
-        )
+        fit = CANDIDATES[name](place)
+        most = self.budget * place.statistics.width
         return fit if fit and fit.multiply_adds <= most and judgement.runs(fit) else None
 
     def _metric(self, statistics: SiteStatistics, judgement: Judgement) -> tuple[Tensor, Judgement]:
