@@ -36,6 +36,7 @@ from mxtorq.judging import measure
 from mxtorq.loading.source import Source
 from mxtorq.models.family import Family
 from mxtorq.quantization import Progress, quantize_
+from mxtorq.reports.choices import candidates_of
 from mxtorq.reports.schema import Results, Row
 from mxtorq.specs import options_of
 from mxtorq.surgery.fuse import require_fit
@@ -225,6 +226,7 @@ def evaluate_recipe(
         seed=recipe.seed,
         site_error=sum(errors.values()) / len(errors),
         site_errors=errors,
+        choices=candidates_of(quantized.sites),
         multiply_adds_per_token=sum(entry.multiply_adds for entry in quantized.sites),
         extra_bytes=sum(entry.extra_bytes for entry in quantized.sites),
         search_seconds=round(quantized.search_seconds, 3),

@@ -36,6 +36,7 @@ from mxtorq.reports import imbalance
 from mxtorq.reports.accuracies import accuracy_tables
 from mxtorq.reports.against import against_markdown, against_tables
 from mxtorq.reports.charts import require_charts
+from mxtorq.reports.contents import checkpoint_facts, checkpoint_sites
 from mxtorq.reports.diagnosis import diagnosis_tables
 from mxtorq.reports.findings import Diagnosis
 from mxtorq.reports.html import page
@@ -45,8 +46,6 @@ from mxtorq.reports.needs import table as needs_table
 from mxtorq.reports.pages import Record
 from mxtorq.reports.published import Published
 from mxtorq.reports.render import (
-    checkpoint_facts,
-    checkpoint_sites,
     fidelity_terminal,
     markdown,
     terminal,

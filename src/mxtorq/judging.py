@@ -21,6 +21,7 @@ from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.loading.source import Source
 from mxtorq.originals import Original
 from mxtorq.quantization import Progress
+from mxtorq.reports.choices import candidates_of
 from mxtorq.reports.schema import Row
 from mxtorq.surgery.linear import round_inputs_by_
 
@@ -79,6 +80,7 @@ def with_manifest(row: Row, manifest: Manifest) -> Row:
         seed=manifest.seed,
         site_error=manifest.mean_output_error,
         site_errors={entry.site: entry.output_error for entry in manifest.sites},
+        choices=candidates_of(manifest.sites),
         multiply_adds_per_token=manifest.multiply_adds_per_token,
         extra_bytes=manifest.extra_bytes,
     )

@@ -57,6 +57,39 @@ def test_every_verb_draws_its_record_and_the_record_draws_the_same(
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
 
 
+def test_what_a_method_chose_is_told_everywhere(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib", reason="charts need the extra `report`")
+    out, model = tmp_path / "out", tiny_folders["llama"]
+    small = ("--calibration", story, "--calibration-tokens", 512, "--seqlen", 64)
+    text = ("--text", story, "--eval-tokens", 128)
+    method = "mxtorq:candidates=identity+hadamard"
+    done = run("quantize", model, out, *small, "--method", method, "--report", tmp_path / "a.html")
+    assert done.exit_code == 0, done.output
+    sites = json.loads((out / "mxtorq.json").read_text(encoding="utf-8"))["sites"]
+    chosen = {site["site"]: site["choice"]["candidate"] for site in sites}
+    assert chosen
+    told = [f"{name} at " for name in set(chosen.values())]
+    assert " chosen " in done.output
+    card = (out / "README.md").read_text(encoding="utf-8")
+    html = (tmp_path / "a.html").read_text(encoding="utf-8")
+    assert "What was chosen" in html
+    evaluated = run("evaluate", out, *text, "--seqlen", 64, "--json", tmp_path / "b.json")
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "Chosen by mxtorq" in evaluated.output
+    for said in (card, html, evaluated.output, run("report", out).output):
+        assert all(each in said for each in told)
+    compared = run(
+        *("compare", model, *small, *text, "--methods", method, "--json", tmp_path / "c.json")
+    )
+    assert compared.exit_code == 0, compared.output
+    assert "Chosen by mxtorq" in compared.output
+    for name in ("b", "c"):
+        rows = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+        assert rows[-1]["choices"] == chosen
+
+
 def test_markdown_of_any_record(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     assert run("report", DEMO, "--markdown", page).exit_code == 0

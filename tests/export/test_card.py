@@ -147,6 +147,17 @@ def test_experts_are_mentioned_where_they_matter() -> None:
     assert "At 1 inputs some experts saw fewer calibration tokens" in text
 
 
+def test_what_was_chosen_is_counted() -> None:
+    def choice(name: str) -> dict[str, Any]:
+        return {"candidate": name, "losses": {name: 0.5}, "at_least": {}}
+
+    names = ["layer-128", "wush", "layer-128", "x`|<b>"]
+    sites = [site(number, choice=choice(name)) for number, name in enumerate(names)]
+    text = card(manifest(sites=sites), Papers())
+    assert "Taken: layer-128 at 2 of 4 sites, wush at 1, x???b? at 1." in text
+    assert "Taken" not in card(manifest(), Papers())
+
+
 def test_unfit_sites_outliers_and_own_families() -> None:
     source = {**manifest().source, "outliers": "qwen3-0.6b", "family": "mine"}
     text = card(manifest(unfit={"model.layers.0.down_in": 172}, source=source), Papers())

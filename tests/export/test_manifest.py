@@ -52,6 +52,17 @@ def test_experts_are_there_where_there_are_any() -> None:
     assert several["experts"] == counts
 
 
+CHOICE = {"candidate": "wush", "losses": {"wush": 0.5, "perq": 1}, "at_least": {"identity": 0.75}}
+
+
+def test_choices_are_there_where_there_are_any() -> None:
+    chosen = replace(MANIFEST, sites=[ENTRY, replace(ENTRY, choice=CHOICE)])
+    assert Manifest.from_json(chosen.to_json(), "here") == chosen
+    plain, chosen_entry = json.loads(chosen.to_json())["sites"]
+    assert "choice" not in plain
+    assert chosen_entry["choice"] == CHOICE
+
+
 def changed(**fields: object) -> str:
     return json.dumps({**json.loads(MANIFEST.to_json()), **fields})
 
@@ -87,6 +98,14 @@ def without(name: str) -> str:
         (
             changed(sites=[{**asdict(ENTRY), "experts": {"count": 0, "pooled": 0, "unseen": 0}}]),
             "with 0 experts",
+        ),
+        (
+            changed(sites=[{**asdict(ENTRY), "choice": {**CHOICE, "losses": {"wush": "1"}}}]),
+            "losses is of type dict",
+        ),
+        (
+            changed(sites=[{**asdict(ENTRY), "choice": {**CHOICE, "losses": {"perq": 1.0}}}]),
+            "a candidate whose loss is not told",
         ),
         ("[" * 100_000, "RecursionError"),
         ('{"schema": "mxtorq.manifest", "schema": "mxtorq.manifest"}', "stands there twice"),

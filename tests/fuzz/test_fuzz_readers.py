@@ -47,7 +47,9 @@ from mxtorq.reading.configuration import read_configuration, require_plausible
 from mxtorq.reading.documents import Refusal
 from mxtorq.reading.headers import DTYPES
 from mxtorq.reading.shards import open_shards
-from mxtorq.reports.render import checkpoint_facts, checkpoint_sites, markdown, terminal
+from mxtorq.reports.contents import checkpoint_facts, checkpoint_sites
+from mxtorq.reports.pages.choices import manifest_choices
+from mxtorq.reports.render import markdown, terminal
 from mxtorq.reports.schema import Results
 from mxtorq.rounding import ROUNDINGS
 from mxtorq.surgery.outliers import add_outliers_
@@ -329,6 +331,8 @@ def test_manifests(checkpoint: Path) -> None:
     honest = json.loads((checkpoint / "mxtorq.json").read_text())
     honest["sites"] = honest["sites"][:2]
     honest["sites"][0]["experts"] = {"count": 4, "pooled": 1, "unseen": 0}
+    losses = {"losses": {"wush": 0.5, "perq": 1}, "at_least": {"identity": 0.75}}
+    honest["sites"][1]["choice"] = {"candidate": "wush", **losses}
     Manifest.from_json(json.dumps(honest), "here")
 
     @fuzz(250)
@@ -337,6 +341,7 @@ def test_manifests(checkpoint: Path) -> None:
         with only_ours():
             manifest = Manifest.from_json(content.decode("utf-8", "replace"), "here")
             shown(checkpoint_facts(manifest, "here"), checkpoint_sites(manifest))
+            manifest_choices(manifest)
 
     check()
 

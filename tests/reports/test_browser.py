@@ -15,6 +15,7 @@ import pytest
 from browser import Tab
 from inspections import INSPECTION
 from mxtorq.evaluation.tasks import SUITES
+from mxtorq.export.manifest import Manifest, SiteEntry
 from mxtorq.reports.html import page
 from mxtorq.reports.pages import read_record
 from mxtorq.reports.published import read_published
@@ -134,6 +135,56 @@ def test_accuracies_intervals_and_published_figures_fit(browser: Tab, tmp_path: 
         assert all(chart["outside"] == 0 for chart in charts)
         titles = browser.value("[...document.querySelectorAll('h2')].map((e) => e.textContent)")
         assert {"Beside published figures", "Accuracy on tasks"} <= set(titles)
+
+
+def test_choices_fit(browser: Tab, tmp_path: Path) -> None:
+    """Of a deep model with seven kinds of sites and all candidates, with the folds open."""
+    kinds = ("qkv_in", "o_in", "gate_up_in", "down_in", "q_b_in", "kv_b_in", "experts_gate_up_in")
+    names = [f"perq-order/layer-{at}" for at in range(16)]
+    sites = []
+    for at, (layer, kind) in enumerate(product(range(40), kinds)):
+        losses = {name: 0.5 + 0.01 * other for other, name in enumerate(names)}
+        sites.append(
+            SiteEntry(
+                site=f"model.layers.{layer}.{kind}",
+                linears=["a"],
+                width=64,
+                kind="chain",
+                multiply_adds=5,
+                extra_bytes=7,
+                output_error=0.01,
+                choice={
+                    "candidate": names[at % 16],
+                    "losses": losses,
+                    "at_least": {"identity": 1.5, "wush": 0.75},
+                },
+            )
+        )
+    record = Manifest(
+        method="mxtorq",
+        rounding="gptq",
+        recipe={"method": {}, "rounding": {}},
+        scale_rules={"weights": "floor", "activations": "floor"},
+        seed=0,
+        source={"model": "m", "family": "llama", "baseline_dtype": "bf16", "outliers": None},
+        calibration={"source": "stdlib", "tokens": 64, "seqlen": 32, "seed": 0},
+        versions={},
+        sites=sites,
+        unfit={},
+        files={},
+    )
+    path = tmp_path / "choices.html"
+    path.write_text(page(record), encoding="utf-8")
+    for width, dark in ((1280, False), (400, True)):
+        browser.complaints.clear()
+        browser.open(path, width, dark=dark)
+        browser.value("document.querySelectorAll('details').forEach((e) => { e.open = true; })")
+        assert browser.complaints == []
+        assert browser.value("document.documentElement.scrollWidth") == width
+        charts: list[dict[str, Any]] = browser.value(CHARTS)
+        assert len(charts) == 2
+        assert all(chart["width"] > 250 and chart["height"] > 50 for chart in charts)
+        assert all(chart["outside"] == 0 for chart in charts)
 
 
 def test_words_of_charts_can_be_read_in_both_modes(browser: Tab, report: Path) -> None:

@@ -19,6 +19,7 @@ from mxtorq.reports.blocks import (
     Heat,
     Scatter,
     Spot,
+    Tiles,
     bend_of,
     number,
     numeric,
@@ -72,7 +73,24 @@ PLACED = replace(
     band=(1.5, 2.5),
 )
 NOWHERE = replace(DOTS, origin=None)
-ALL = (DOTS, PLACED, NOWHERE, replace(DOTS, bend=1.0, apart=True), HEAT, SCATTER, BARS)
+TILES = Tiles(
+    lines=(("0", ("wush", "torq")), ("1", ("wush", "")), ("12", ("torq", "wush"))),
+    columns=("qkv_in", "down_in"),
+    names=("wush", "torq"),
+    axis="layer",
+)
+CROWDED = replace(
+    TILES,
+    lines=(
+        ("a long name of no layer at all", ("torq",) * 7),
+        *((str(n), ("wush",) * 7) for n in "12"),
+    ),
+    columns=tuple(f"gate_up_{at}" for at in range(7)),
+)
+ALL = (
+    *(DOTS, PLACED, NOWHERE, replace(DOTS, bend=1.0, apart=True)),
+    *(HEAT, SCATTER, BARS, TILES, CROWDED),
+)
 
 
 def chart(drawing: Drawing) -> Chart:
@@ -152,6 +170,25 @@ def test_axes_hold_gains_beside_losses() -> None:
         assert 0 in ticks
 
 
+@needs_matplotlib
+def test_tiles_have_the_colour_and_the_mark_of_their_names() -> None:
+    (axes,) = charts._draw(TILES).figure.axes
+    marks = {
+        line.get_marker(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines
+    }  # type: ignore[arg-type]
+    assert marks == {
+        "o": ([0.5, 0.5, 1.5], [6.0, 18.0, 30.0]),
+        "s": ([1.5, 0.5], [6.0, 30.0]),
+    }
+    assert len(axes.patches) == 5
+    colours = [patch.get_facecolor()[:3] for patch in axes.patches]  # type: ignore[index]
+    assert colours[0] == colours[2] == colours[4] != colours[1] == colours[3]
+    words = svg(chart(TILES), "a")
+    for word in ("wush", "torq", "qkv_in", "down_in", "layer", "12"):
+        assert f">{word}</text>" in words, word
+    assert "<title>layer 12, down_in: wush</title>" in words
+
+
 def test_the_front_is_what_nothing_beats() -> None:
     assert [spot.label for spot in front(SCATTER)] == ["free", "good"]
 
@@ -169,6 +206,9 @@ def test_cells_are_numbers_or_are_not() -> None:
     assert number("+5.04 %") == 5.04
     assert number("61.5 ± 0.2") == 61.5
     assert number("-inf dB") == -math.inf
+    assert number(">= 1.23 x") == 1.23
+    assert number(">= +4.50 %") == 4.5
+    assert number(">=") is None
     assert number("-") is None
     assert number("") is None
     assert number("model.layers.0") is None

@@ -171,10 +171,13 @@ def test_what_a_record_says_stays_text() -> None:
         row(EVIL, outliers=None, provenance={"model": EVIL, "recipe": {"rounding": EVIL}}),
         row("a", rounding=EVIL, scale_rule=EVIL, options={EVIL: EVIL}),
         row("b", site_errors={EVIL: 0.5, "x.0.<i>": 0.1}),
-        row("c", scale_rule="log256", ocp=False),
+        row("c", scale_rule="log256", ocp=False, choices={EVIL: EVIL}),
     )
     record = Results(rows=rows, versions={EVIL: EVIL}, command=EVIL)
-    sites = [replace(each, site=f"m.{EVIL}.q", kind=EVIL) for each in manifest().sites]
+    choice = {"candidate": EVIL, "losses": {EVIL: 0.5, f"{EVIL}2": 0.75}, "at_least": {}}
+    sites = [
+        replace(each, site=f"m.{EVIL}.q", kind=EVIL, choice=choice) for each in manifest().sites
+    ]
     named = manifest(
         sites=sites, method=EVIL, unfit={EVIL: 3}, files={EVIL: {"sha256": EVIL, "bytes": 3}}
     )

@@ -21,6 +21,7 @@ from mxtorq.export.manifest import FILE, Manifest, SiteEntry
 from mxtorq.export.targets import Target
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.models import FAMILIES
+from mxtorq.reports.choices import brief, candidates_of
 
 CARD = "README.md"
 WORST = 5
@@ -122,7 +123,18 @@ def _recipe(manifest: Manifest) -> list[str]:
             "before quantization, which keeps the function"
         )
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return ["## Recipe", "", "| | |", "| --- | --- |", *lines, ""]
+    return ["## Recipe", "", "| | |", "| --- | --- |", *lines, "", *_choices(manifest)]
+
+
+def _choices(manifest: Manifest) -> list[str]:
+    chosen = candidates_of(manifest.sites)
+    if not chosen:
+        return []
+    text = (
+        "At each input several transforms were compared on held-out calibration tokens. Taken: "
+        f"{_shown(brief(chosen), 2000)}. [{FILE}]({FILE}) has what each of them lost."
+    )
+    return [text, ""]
 
 
 def _results(manifest: Manifest) -> list[str]:
@@ -307,6 +319,6 @@ def _last_name(name: str) -> str:
     return _shown(PurePath(name).name or name)
 
 
-def _shown(text: str) -> str:
+def _shown(text: str, most: int = 200) -> str:
     """A foreign text that neither ends a line, a cell or a quotation, nor is one of HTML."""
-    return re.sub(r"[^\w .:,;=+/()@~-]", "?", text)[:200]
+    return re.sub(r"[^\w .:,;=+/()@~-]", "?", text)[:most]

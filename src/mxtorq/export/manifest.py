@@ -26,7 +26,7 @@ _PARTS: dict[str, dict[str, Any]] = {
 """What readers take out of the tables of a manifest."""
 _FILE = {"sha256": str, "bytes": int}
 _COUNTS = {"count": int, "pooled": int, "unseen": int}
-_CHOICE = {"candidate": str, "losses": dict[str, Any], "at_least": dict[str, Any]}
+_CHOICE = {"candidate": str, "losses": dict[str, float], "at_least": dict[str, float]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,8 @@ def site_entries(values: Any, refuse: Refusal) -> list[SiteEntry]:
                 raise refuse(f"{entry.site} with {entry.experts['count']} experts")
         if entry.choice is not None:
             require_keys(entry.choice, _CHOICE, refuse, entry.site)
+            if entry.choice["candidate"] not in entry.choice["losses"]:
+                raise refuse(f"{entry.site} with a candidate whose loss is not told")
     return entries
 
 

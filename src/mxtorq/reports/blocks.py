@@ -99,7 +99,20 @@ class Bars:
     y_axis: str
 
 
-Drawing = Dots | Heat | Scatter | Bars
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """Which of a few names stands where, such as a line a layer and a column a kind of site."""
+
+    lines: tuple[tuple[str, tuple[str, ...]], ...]
+    """Label, and the name in each column; empty where there is none."""
+    columns: tuple[str, ...]
+    names: tuple[str, ...]
+    """All of them, the most frequent first."""
+    axis: str
+    """What lines are."""
+
+
+Drawing = Dots | Heat | Scatter | Bars | Tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +199,11 @@ class Page:
 
 
 def number(text: str) -> float | None:
-    """The number that a cell begins with (``1,234``, ``+5.04 %``, ``61.5 ± 0.2``), if any."""
-    words = text.replace(",", "").split()
+    """The number that a cell begins with (``1,234``, ``+5.04 %``, ``61.5 ± 0.2``), if any.
+
+    That of a bound (``>= 1.23 x``) is the bound.
+    """
+    words = text.removeprefix(">=").replace(",", "").split()
     try:
         return float(words[0]) if words else None
     except ValueError:

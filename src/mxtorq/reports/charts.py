@@ -10,13 +10,12 @@ matplotlib is an optional extra and imported when the first chart is drawn (half
 """
 
 import math
-import re
 from importlib.util import find_spec
 from itertools import pairwise
 from typing import Any
 
 from mxtorq.errors import UsageError
-from mxtorq.reports.blocks import Bars, Chart, Dots, Drawing, Heat, Scatter, Spot
+from mxtorq.reports.blocks import Bars, Chart, Dots, Drawing, Heat, Scatter, Spot, Tiles
 from mxtorq.reports.sheet import (
     INK,
     MUTED,
@@ -24,6 +23,7 @@ from mxtorq.reports.sheet import (
     SMALL,
     WIDTH,
     Sheet,
+    broken,
     marker,
     plain,
     scale,
@@ -31,9 +31,8 @@ from mxtorq.reports.sheet import (
     ticks,
     written,
 )
+from mxtorq.reports.tiles import tiles
 
-_LABEL = 20
-"""Characters of a line of a label."""
 _EVERY = [size * 10**power for power in range(9) for size in (1, 2, 5)]
 """Layers from one that is named to the next."""
 _STEPS = 24
@@ -71,11 +70,13 @@ def _draw(drawing: Drawing) -> Sheet:
         return _heat(drawing)
     if isinstance(drawing, Scatter):
         return _scatter(drawing)
+    if isinstance(drawing, Tiles):
+        return tiles(drawing)
     return _bars(drawing)
 
 
 def _dots(drawing: Dots) -> Sheet:
-    labels = [_broken(dot.label) for dot in drawing.dots]
+    labels = [broken(dot.label) for dot in drawing.dots]
     heights = [6 + 12 * len(lines) for lines in labels]
     used = {dot.series for dot in drawing.dots}
     top = 15 * len(used) + 24
@@ -130,7 +131,7 @@ def _heat(drawing: Heat) -> Sheet:
         if not named or named[-1][0] != heading:
             named.append((heading, []))
         named[-1][1].append((label, values))
-    labels = [[_broken(label) for label, _ in lines] for _, lines in named]
+    labels = [[broken(label) for label, _ in lines] for _, lines in named]
     heights = [[3 + 12 * len(words) for words in group] for group in labels]
     top, left, gap = 70.0, 136, 4
     full = sum(sum(group) + 18 for group in heights)
@@ -264,13 +265,3 @@ def _bars(drawing: Bars) -> Sheet:
 
 def _axis(name: str, bend: float | None) -> str:
     return name if bend is None else f"{name} (log beyond {short(bend)})"
-
-
-def _broken(label: str) -> list[str]:
-    """A label in lines, broken where an option begins if that is possible."""
-    lines = [""]
-    for piece in re.split(r"(?<=[:=_.])", label):
-        if len(lines[-1]) + len(piece) > _LABEL and lines[-1]:
-            lines.append("")
-        lines[-1] += piece
-    return [line[at : at + _LABEL] for line in lines for at in range(0, len(line) or 1, _LABEL)]

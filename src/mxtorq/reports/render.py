@@ -1,6 +1,5 @@
-"""Results and manifests as tables, for a terminal and for Markdown, from the records alone."""
+"""Results as tables, for a terminal and for Markdown, from the record alone."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,8 +9,8 @@ from typing import Literal
 from rich.markup import escape
 from rich.table import Table
 
-from mxtorq.export.manifest import Manifest
 from mxtorq.reports.accuracies import accuracies_markdown
+from mxtorq.reports.choices import choice_notes
 from mxtorq.reports.fidelity import (
     FIDELITY_COLUMNS,
     NOTE,
@@ -282,6 +281,7 @@ def footnote(results: Results, shown: Sequence[str] = _COLUMNS) -> str:
             )
         for site, width in (row.provenance.get("unfit") or {}).items():
             notes.append(f"{site} (width {width}) stays in BF16: no multiple of 32.")
+    notes += choice_notes(results)
     return "\n".join(dict.fromkeys(notes))
 
 
@@ -336,61 +336,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _versions(results: Results) -> str:
     return "Versions: " + ", ".join(f"{k} {v}" for k, v in results.versions.items()) + "."
-
-
-def checkpoint_facts(manifest: Manifest, name: str) -> Table:
-    """What a checkpoint is, for a terminal."""
-    source, calibration = manifest.source, manifest.calibration
-    facts = {
-        "checkpoint": name,
-        "source": f"{source['model']} ({source['family']}), outliers: "
-        f"{source['outliers'] or 'none'}",
-        "method": f"{manifest.method} {json.dumps(manifest.recipe['method'])}",
-        "rounding": f"{manifest.rounding} {json.dumps(manifest.recipe['rounding'])}",
-        "scale rule": ", ".join(f"{k} {v}" for k, v in manifest.scale_rules.items()),
-        "calibration": f"{calibration['source']}: {calibration['tokens']:,} tokens in windows of "
-        f"{calibration['seqlen']}, seed {calibration['seed']}",
-        "site SQNR": f"{sqnr_db(manifest.mean_output_error):.2f} dB (of the mean error of "
-        f"{len(manifest.sites)} sites)",
-        "online cost": f"{manifest.multiply_adds_per_token:,} multiply-adds a token; transforms of "
-        f"{manifest.extra_bytes / 1e6:.3f} MB",
-        **_experts(manifest),
-        "left in BF16": ", ".join(f"{k} (width {v})" for k, v in manifest.unfit.items()) or "-",
-        "files": ", ".join(f"{k} {v['bytes'] / 1e6:.2f} MB" for k, v in manifest.files.items()),
-        "versions": ", ".join(f"{k} {v}" for k, v in manifest.versions.items()),
-    }
-    table = Table(show_header=False, box=None)
-    for key, value in facts.items():
-        table.add_row(f"[bold]{key}[/bold]", escape(value))
-    return table
-
-
-def _experts(manifest: Manifest) -> dict[str, str]:
-    shared = [entry.experts for entry in manifest.sites if entry.experts]
-    if not shared:
-        return {}
-    total, pooled, unseen = (
-        sum(counts[key] for counts in shared) for key in ("count", "pooled", "unseen")
-    )
-    return {
-        "experts": f"{pooled:,} of {total:,} (over all sites) saw fewer tokens than their input is "
-        f"wide, {unseen:,} none: calibrated on those of all experts"
-    }
-
-
-def checkpoint_sites(manifest: Manifest) -> Table:
-    """Every quantized site of a checkpoint, for a terminal."""
-    table = Table()
-    for column in ("site", "width", "linears", "transform", "MACs/token", "output error", "SQNR"):
-        table.add_column(column, no_wrap=True)
-    for entry in manifest.sites:
-        table.add_row(
-            escape(entry.site),
-            str(entry.width),
-            str(len(entry.linears)),
-            escape(entry.kind),
-            f"{entry.multiply_adds:,}",
-            f"{entry.output_error:.3e}",
-            f"{sqnr_db(entry.output_error):.2f} dB",
-        )
-    return table

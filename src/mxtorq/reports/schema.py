@@ -97,6 +97,8 @@ class Row:
     """Mean over sites of the relative squared output error on calibration tokens."""
     site_errors: dict[str, float] = field(default_factory=dict)
     """That error of each site."""
+    choices: dict[str, str] = field(default_factory=dict)
+    """Of a method that chooses, the candidate that it took at each site; empty elsewhere."""
     multiply_adds_per_token: int | None = None
     """Online cost of the transforms, summed over sites."""
     extra_bytes: int | None = None

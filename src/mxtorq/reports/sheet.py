@@ -31,6 +31,8 @@ _DIGITS = re.compile(r"-?[0-9]+\.[0-9]{3,}(?:e-?[0-9]+)?")
 Units = int | float
 WIDTH = 380
 """Units of every chart."""
+_LABEL = 20
+"""Characters of a line of a label."""
 _SIZE, SMALL = 11, 10
 """Of letters, in the same units."""
 INK, MUTED, _GRID = "#010101", "#020202", "#030303"
@@ -152,6 +154,16 @@ def ticks(axes: "Axes", which: str, most: int) -> None:
     axis = axes.xaxis if which == "x" else axes.yaxis
     axis.set_major_locator(MaxNLocator(most))
     axis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+
+
+def broken(label: str) -> list[str]:
+    """A label in lines, broken where an option begins if that is possible."""
+    lines = [""]
+    for piece in re.split(r"(?<=[:=_.])", label):
+        if len(lines[-1]) + len(piece) > _LABEL and lines[-1]:
+            lines.append("")
+        lines[-1] += piece
+    return [line[at : at + _LABEL] for line in lines for at in range(0, len(line) or 1, _LABEL)]
 
 
 def short(value: Units) -> str:

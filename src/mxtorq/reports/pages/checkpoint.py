@@ -1,4 +1,4 @@
-"""The page of a checkpoint, from its manifest: what it is, and what each site lost.
+"""The page of a checkpoint, from its manifest: what it is, what was chosen, what each site lost.
 
 Every figure of this page is an error on calibration tokens; what a model loses on text is measured
 by `mxtorq evaluate`, and the page says so.
@@ -10,6 +10,7 @@ from typing import Any
 
 from mxtorq.export.manifest import FILE, Manifest, SiteEntry
 from mxtorq.reports.blocks import Block, Charts, Facts, Fold, Grid, Note, Page, Section
+from mxtorq.reports.pages.choices import manifest_choices
 from mxtorq.reports.pages.sites import by_kind, site_chart
 from mxtorq.reports.schema import sqnr_db
 
@@ -27,6 +28,7 @@ def checkpoint_page(manifest: Manifest) -> Page:
         f"{len(manifest.sites)} sites.",
         sections=(
             Section(title="What it is", blocks=_what(manifest, rules)),
+            *manifest_choices(manifest),
             Section(title="What each site lost", blocks=_sites(manifest, rules)),
             Section(title="Recipe", blocks=(Facts(facts_of(manifest.recipe)),)),
             Section(title="Provenance", blocks=_provenance(manifest)),

@@ -12,6 +12,7 @@ from mxtorq.reports.against import against_cells, against_note
 from mxtorq.reports.blocks import Block, Charts, Code, Facts, Fold, Grid, Note, Page, Section
 from mxtorq.reports.pages.accuracies import accuracy_sections
 from mxtorq.reports.pages.checkpoint import facts_of
+from mxtorq.reports.pages.choices import results_choices
 from mxtorq.reports.pages.comparison_charts import cost_charts, loss_charts, place_charts
 from mxtorq.reports.pages.lines import (
     Line,
@@ -53,6 +54,7 @@ def results_page(results: Results, published: Published | None = None) -> Page:
     sections += accuracy_sections(results, lines)
     if any(line.first.site_errors for line in lines):
         sections.append(Section(title="Where it is lost", blocks=_places(results, lines)))
+    sections += results_choices(results)
     if costs := cost_charts(compared):
         sections.append(Section(title="What it costs", blocks=costs))
     sections.append(Section(title="Recipes and provenance", blocks=_provenance(results, lines)))

@@ -1,22 +1,24 @@
-"""Errors of sites, brought into the order in which people look at them: by kind, then by layer."""
+"""Values of sites in the order in which people look at them: by kind, then by layer."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from mxtorq.reports.blocks import Bars, Chart
 from mxtorq.reports.schema import sqnr_db
 
+_Value = TypeVar("_Value")
 _PLACE = re.compile(r"(?:.*\.)?([0-9]+)\.([^.]+)")
 
 
-def by_kind(errors: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """``{"down_in": {"0": error, ...}}`` of ``model.layers.0.down_in`` and its like."""
-    kinds: dict[str, dict[str, float]] = {}
-    for site, error in errors.items():
+def by_kind(values: Mapping[str, _Value]) -> dict[str, dict[str, _Value]]:
+    """``{"down_in": {"0": value, ...}}`` of ``model.layers.0.down_in`` and its like."""
+    kinds: dict[str, dict[str, _Value]] = {}
+    for site, value in values.items():
         found = _PLACE.fullmatch(site)
         kind, layer = (found[2], found[1]) if found else (site.rpartition(".")[2], site)
-        kinds.setdefault(kind, {})[layer] = error
+        kinds.setdefault(kind, {})[layer] = value
     return kinds
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from mxtorq.export.manifest import Manifest, SiteEntry
-from mxtorq.reports.render import checkpoint_facts
+from mxtorq.reports.contents import checkpoint_facts, checkpoint_sites
 
 ENTRY = SiteEntry(
     site="model.layers.0.down_in",
@@ -34,7 +34,9 @@ MANIFEST = Manifest(
 
 def shown(manifest: Manifest) -> str:
     page = io.StringIO()
-    Console(file=page, width=300).print(checkpoint_facts(manifest, "here"))
+    Console(file=page, width=300).print(
+        checkpoint_facts(manifest, "here"), checkpoint_sites(manifest)
+    )
     return page.getvalue()
 
 
@@ -46,3 +48,15 @@ def test_experts_that_saw_few_tokens_are_counted_over_all_sites() -> None:
     ]
     assert "12 of 256 (over all sites)" in shown(replace(MANIFEST, sites=sites))
     assert "experts" not in shown(MANIFEST)
+
+
+def test_what_was_chosen_is_counted_and_told_of_each_site() -> None:
+    other = replace(ENTRY, site="model.layers.1.down_in")
+    choice = {"candidate": "[red]wush", "losses": {"[red]wush": 0.5}, "at_least": {}}
+    page = shown(replace(MANIFEST, sites=[replace(ENTRY, choice=choice), other]))
+    assert "[red]wush at 1 of 1 site" in page
+    (chosen,) = [line for line in page.splitlines() if "layers.0" in line]
+    (plain,) = [line for line in page.splitlines() if "layers.1" in line]
+    assert "│ [red]wush │" in chosen
+    assert "│ -         │" in plain
+    assert "chosen" not in shown(replace(MANIFEST, sites=[ENTRY, other]))
