@@ -1,10 +1,15 @@
 """Slow and obvious versions that fast code is judged by, and data with the defects TORQ names."""
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 
+from mxtorq.formats import mxfp4
+from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.models.family import SiteName
-from mxtorq.transforms.base import SiteStatistics
+from mxtorq.transforms.base import Judgement, SiteStatistics
 
 CUTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 
@@ -74,6 +79,30 @@ def statistics(width: int = 160, *, tokens: int = 300, rows: int = 48) -> SiteSt
     draw = torch.Generator().manual_seed(8)
     weight = torch.randn(2 * rows, width, generator=draw)
     return site(activations(tokens, width, outliers=4, seed=7), weight[:rows], weight[rows:])
+
+
+def judged(seen: SiteStatistics, **changes: Any) -> SiteStatistics:
+    """The statistics with something to judge by, for a method that chooses.
+
+    Held-out inputs as loud as the sample is, gradients by which some channels hardly count, outputs
+    of different worth, round-to-nearest, and a target that runs everything. ``changes`` are fields
+    of `Judgement`.
+    """
+    draw = torch.Generator().manual_seed(9)
+    loud = seen.sample.square().mean(0).sqrt()
+    outputs = sum(map(len, seen.weights))
+    fields: dict[str, Any] = {
+        "held_out": torch.randn(96, seen.width, generator=draw) * loud,
+        "gradients": torch.randn(200, seen.width, generator=draw)
+        * torch.randn(seen.width, generator=draw).exp(),
+        "output_weights": torch.rand(outputs, generator=draw, dtype=torch.float64),
+        "activations": ScaleRule.FLOOR,
+        "corrected": False,
+        "rounded": lambda weight, moment: mxfp4.fake_quantize(weight),
+        "runs": lambda transform: True,
+        "stock": lambda transform: transform.kind in ("identity", "block-rotation"),
+    }
+    return replace(seen, judgement=Judgement(**{**fields, **changes}))
 
 
 def rounding_problem(rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

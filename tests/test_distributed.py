@@ -28,6 +28,7 @@ CASES = [
     ("llama", "smoothquant:sites=all", "gptq:inputs=corrected", True),  # diagonals that are merged
     ("qwen3", "quarot", "rtn", True),  # rotations of the whole model
     ("qwen3_moe", "torq", "gptq", True),
+    ("qwen3_moe", "mxtorq:candidates=hadamard+wush+layer-32", "gptq:inputs=corrected", True),
     # Not told to be exact. A float64 sum of n float32 numbers rounds only where one of them is
     # 2^29 / n times another: with the five here that is one entry in 10^7, of some 10^4.
     ("llama", "torq", "gptq", False),

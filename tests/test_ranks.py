@@ -12,8 +12,15 @@ import pytest
 import torch
 
 from mxtorq.calibration import statistics
-from mxtorq.calibration.capture import capture_hessians, capture_sites, each_first_input
+from mxtorq.calibration.capture import (
+    capture_hessians,
+    capture_sites,
+    capture_split,
+    each_first_input,
+)
 from mxtorq.calibration.experts import capture_experts
+from mxtorq.calibration.gradients import capture_gradients
+from mxtorq.choosing import hold_out
 from mxtorq.errors import RankError
 from mxtorq.ranks import SOLO, Ranks, ranks_from_environment, shares
 from mxtorq.sharing import all_transforms
@@ -167,6 +174,34 @@ def sums_are_those_of_one_process(ranks: Ranks, family_name: str, windows: int) 
                 assert torch.equal(one.hessian(), two.hessian())
 
 
+def choices_have_what_one_process_has(ranks: Ranks, family_name: str, windows: int) -> None:
+    """How many tokens are held out, both parts of the statistics, and gradients."""
+    import tiny_models
+
+    family, model = tiny_models.FAMILIES[family_name], tiny_models.build(family_name)
+    layer = model.get_submodule(f"{family.layers}.0")
+    sites = {family.site_name(0, site): site for site in family.sites}
+    ids = tiny_models.tokens(windows, 32)
+    whole = list(each_first_input(model, family, ids, least=2))
+    mine = list(each_first_input(model, family, ids, ranks=ranks, least=2))
+    held_out = hold_out(whole)
+    assert hold_out(mine, ranks) == held_out == whole[-1].tokens
+    alone = capture_split(layer, sites, whole, 1, held_out)
+    together = capture_split(layer, sites, mine, 1, held_out, ranks)
+    for name in sites:
+        for one, two in zip(alone[name], together[name], strict=True):
+            assert one.tokens == two.tokens
+            assert torch.equal(one.sample, two.sample)
+            assert torch.equal(one.amax, two.amax)
+            if ranks.exact:
+                assert torch.equal(one.hessian, two.hessian)
+    expected = capture_gradients(layer, sites, whole, 1)
+    found = capture_gradients(layer, sites, mine, 1, ranks)
+    for name in sites:
+        assert torch.equal(expected[name].rows, found[name].rows)
+        assert torch.equal(expected[name].output_weights, found[name].output_weights)
+
+
 def a_missing_rank_is_an_error(ranks: Ranks) -> None:
     """The last step: rank 1 leaves, and rank 0 says so."""
     if ranks.leads:
@@ -184,6 +219,7 @@ def main() -> None:
             same = Ranks(rank=ranks.rank, size=ranks.size, exact=exact)
             for family, windows in (("llama", 2), ("llama", 10), ("qwen3_moe", 9)):
                 sums_are_those_of_one_process(same, family, windows)
+                choices_have_what_one_process_has(same, family, windows)
         a_missing_rank_is_an_error(ranks)
     sys.stdout.write(f"all is well on {Path(__file__).name}\n")
 

@@ -108,9 +108,11 @@ def _judgement(
     merging = can_merge(layer, sites, site) and merges(layer, site)
     plain = is_plain(layer, site)
 
+    def online(transform: Transform) -> Transform:
+        return split_diagonal(transform)[1] if merging else transform
+
     def run_by(target: Target, transform: Transform) -> bool:
-        rest = split_diagonal(transform)[1] if merging else transform
-        return runs(rest, target, plain=plain)
+        return runs(online(transform), target, plain=plain)
 
     def rounded(weight: Tensor, hessian: Callable[[], Tensor]) -> Tensor:
         return dequantize(recipe.rounding.round(weight, hessian, recipe.scale_rule))
@@ -124,6 +126,7 @@ def _judgement(
         rounded=rounded,
         runs=partial(run_by, recipe.target),
         stock=partial(run_by, Target.VLLM_EMULATION),
+        multiply_adds=lambda transform: online(transform).multiply_adds,
     )
 
 

@@ -92,7 +92,9 @@ def _backward(
     reached: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     hooks = [
-        layer.get_submodule(path).register_forward_pre_hook(partial(_hear, reached, path))
+        layer.get_submodule(path).register_forward_pre_hook(
+            partial(_hear, reached, path, bool(site.tap))
+        )
         for site in sites.values()
         for path in site.taps
     ]
@@ -132,8 +134,13 @@ def _squares(gradient: Tensor | None, layer: nn.Module, path: str) -> Float64[Te
     return gradient.flatten(0, -2).double().square().sum(0)
 
 
-def _hear(reached: dict[str, Tensor], path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    reached[path] = args[0]
+def _hear(
+    reached: dict[str, Tensor], path: str, alone: bool, module: nn.Module, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """``alone``: what else reads the input, such as a router, is no part of the site."""
+    first = args[0].view_as(args[0]) if alone else args[0]
+    reached[path] = first
+    return (first, *args[1:])
 
 
 def _see(

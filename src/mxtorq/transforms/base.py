@@ -45,6 +45,8 @@ class Judgement:
     """Whether the target runs a transform."""
     stock: Callable[["Transform"], bool]
     """Whether engines run it without mxtorq."""
+    multiply_adds: Callable[["Transform"], int] = lambda transform: transform.multiply_adds
+    """What it costs for one token: less than all of it where a diagonal will be merged."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -63,7 +63,10 @@ class Losses:
     def of_weights(self, transform: Transform) -> float:
         """By the rounding of weights."""
         worth = self._judgement.output_weights
-        rows = evenly(len(worth), ROWS).to(worth.device)
+        some = worth.nonzero().flatten()  # an expert that nobody goes to is worth nothing
+        if not len(some):
+            return 0.0
+        rows = some[evenly(len(some), ROWS).to(worth.device)]
         blocks = evenly(transform.width // BLOCK, COLUMNS // BLOCK)
         columns = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten().to(worth.device)
         weight = _rows(self._statistics.weights, rows).double()
@@ -75,8 +78,8 @@ class Losses:
 
         wrong = self._judgement.rounded(weight, moment) - weight
         outputs = self._operands(transform)[1][:, columns] @ wrong.T
-        some = (outputs.double().square().mean(0) * worth[rows]).sum()
-        whole = some * (worth.sum() / worth[rows].sum()) * (transform.width / len(columns))
+        part = (outputs.double().square().mean(0) * worth[rows]).sum()
+        whole = part * (worth.sum() / worth[rows].sum()) * (transform.width / len(columns))
         return self._part(whole)
 
     def _operands(self, transform: Transform) -> tuple[Tensor, Tensor]:

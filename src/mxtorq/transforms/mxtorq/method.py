@@ -11,6 +11,7 @@ that engines run without mxtorq: one matrix of 32 x 32 for all blocks of an inpu
 """
 
 import math
+import re
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import ClassVar
@@ -82,7 +83,7 @@ class MXTORQ(TransformMethod):
         """The candidates, simpler ones first."""
         if self.candidates == ALL:
             return tuple(CANDIDATES)
-        named = self.candidates.split("+")
+        named = re.split(r"\+(?=[^+])", self.candidates)  # a name may end with plus signs
         return tuple(name for name in CANDIDATES if name in named) + tuple(
             name for name in named if name not in CANDIDATES
         )
@@ -149,7 +150,9 @@ class MXTORQ(TransformMethod):
             return None
         fit = CANDIDATES[name](place)
         most = self.budget * place.statistics.width
-        return fit if fit and fit.multiply_adds <= most and judgement.runs(fit) else None
+        if fit is None or judgement.multiply_adds(fit) > most or not judgement.runs(fit):
+            return None
+        return fit
 
     def _metric(self, statistics: SiteStatistics, judgement: Judgement) -> tuple[Tensor, Judgement]:
         """Rows g, by which an error e costs the mean of (e g^T)^2, and what outputs are worth."""
