@@ -1,6 +1,6 @@
 """Recipes are validated at birth, and method names go to objects and back."""
 
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from mxtorq.config import (
     require_ocp,
     rounding_name,
     to_toml,
+    with_budget,
 )
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
@@ -27,8 +28,11 @@ from mxtorq.rounding.gptq import GPTQ, Order
 from mxtorq.specs import options_of
 from mxtorq.transforms import METHODS
 from mxtorq.transforms.base import SiteStatistics, TransformMethod
+from mxtorq.transforms.mxtorq.method import MXTORQ
 from mxtorq.transforms.rotation import Identity
 from mxtorq.transforms.torq.method import TORQ, InterAngle, Levels
+
+CORRECTED = "gptq:exponents=3:search=outputs:sweeps=2:inputs=corrected"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,10 +150,10 @@ def test_a_method_that_counts_on_gptq_is_refused_without_it() -> None:
 
 
 def test_what_no_hardware_has_is_not_written() -> None:
-    require_ocp(Recipe(method=TORQ()))
+    require_ocp(ScaleRule.FLOOR)
     for scale in NonOCPScale:
         with pytest.raises(UsageError, match="mxtorq compare"):
-            require_ocp(Recipe(method=TORQ(), scale_rule=scale))
+            require_ocp(scale)
 
 
 def test_toml_goes_there_and_back(tmp_path: Path) -> None:
@@ -208,6 +212,31 @@ def test_wrong_files_teach(text: str, message: str, tmp_path: Path) -> None:
 def test_a_number_that_is_no_float_teaches() -> None:
     with pytest.raises(UsageError, match="expected: float"):
         recipe_from({"method": {"name": "torq", "complementarity": 10**400}})
+
+
+def test_a_recipe_without_a_rounding_gets_the_method_s_usual_one() -> None:
+    """One that names a rounding keeps it, and so does a `Recipe` that is written as an object."""
+    for name, factory in METHODS.items():
+        found = recipe_from({"method": name}).rounding
+        assert found == parse_rounding(CORRECTED if name == "mxtorq" else "rtn")
+        assert found == parse_rounding(factory.usual_rounding)
+        named = recipe_from({"method": name, "rounding": "gptq:order=backward"})
+        assert named.rounding == GPTQ(order=Order.BACKWARD)
+    assert Recipe(method=MXTORQ()).rounding == parse_rounding("rtn")
+
+
+def test_a_budget_belongs_to_a_method_that_has_one() -> None:
+    recipe = recipe_from({"method": "mxtorq:margin=0.05:budget=64", "seed": 3})
+    assert with_budget(recipe, None) == recipe
+    changed = with_budget(recipe, 32)
+    assert changed.method == MXTORQ(margin=0.05, budget=32)
+    assert replace(changed, method=recipe.method) == recipe
+    for name in METHODS:
+        if name != "mxtorq":
+            with pytest.raises(UsageError, match="choose the method mxtorq"):
+                with_budget(recipe_from({"method": name}), 32)
+    with pytest.raises(UsageError, match="budget=-1"):
+        with_budget(recipe, -1)
 
 
 def test_unknown_keys_of_a_plan_teach() -> None:

@@ -171,6 +171,7 @@ def test_the_command_on_more_ranks_than_batches(
     """One batch: the second rank only rounds. The leader alone reports."""
     model, out = str(tiny_folders["llama"]), tmp_path / "out"
     options = ("--calibration", story, "--calibration-tokens", 512, "--seqlen", 64)
+    options = (*options, "--method", "torq")
     done = subprocess.run(
         torchrun("-m", "mxtorq", "quantize", model, out, "--device", "cpu", *options),
         capture_output=True,
@@ -195,7 +196,8 @@ def test_a_rank_that_is_killed_stops_the_others_and_one_process_goes_on(
     model, out = str(tiny_models.save(deep, tmp_path / "model")), tmp_path / "out"
     options: tuple[Any, ...] = ("--calibration", story, "--calibration-tokens", 4992)
     options = (*options, "--seqlen", 64, "--device", "cpu", "--deterministic-reduce")
-    command = torchrun("-m", "mxtorq", "quantize", model, out, "--rounding", "gptq", *options)
+    options = (*options, "--method", "torq", "--rounding", "gptq")
+    command = torchrun("-m", "mxtorq", "quantize", model, out, *options)
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
     ) as running:

@@ -1,7 +1,7 @@
 """What one run is asked to do: frozen recipes and plans, and their TOML.
 
     method = "torq"                 or a table: [method] name = "torq", levels = "inter"
-    rounding = "gptq"               likewise
+    rounding = "gptq"               likewise; without it what the method is made for
     scale_rule = "floor"
     ...                             every other field of `Recipe` under its own name
     [evaluation]                    optional: the fields of `EvaluationPlan`
@@ -11,7 +11,7 @@ Unknown keys, names and values are errors with the nearest known one. Nothing is
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,7 +35,10 @@ _LONGEST = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is quantized. Validated at birth, never adjusted."""
+    """How a model is quantized. Validated at birth, never adjusted.
+
+    Without ``rounding`` weights are rounded to nearest; `recipe_from` takes the method's usual one.
+    """
 
     method: TransformMethod
     rounding: Rounding = field(default_factory=RTN)
@@ -170,6 +173,8 @@ def rounding_name(rounding: Rounding) -> str:
 def recipe_from(settings: Mapping[str, Any]) -> Recipe:
     """A recipe from plain values: names as strings, or as tables with ``name`` and options.
 
+    Without a rounding it gets the method's usual one.
+
     Raises:
         UsageError: an unknown key, name or value; no method.
     """
@@ -179,18 +184,37 @@ def recipe_from(settings: Mapping[str, Any]) -> Recipe:
             asked="a recipe",
             found=f"the keys {', '.join(settings) or 'none'}",
             why="it does not say which method transforms the inputs",
-            todo=f'add `method = "torq"`, or one of {", ".join(METHODS)}',
+            todo=f'add `method = "mxtorq"`, or one of {", ".join(METHODS)}',
         )
     values = dict(settings)
     values["method"] = _object("method", values["method"], METHODS, TransformMethod)
-    if "rounding" in values:
-        values["rounding"] = _object("rounding", values["rounding"], ROUNDINGS, Rounding)
+    rounding = values.get("rounding", values["method"].usual_rounding)
+    values["rounding"] = _object("rounding", rounding, ROUNDINGS, Rounding)
     if "scale_rule" in values:
         values["scale_rule"] = parse_scale(str(values["scale_rule"]))
     if "target" in values:
         values["target"] = parse_target(str(values["target"]))
     _require_types(values, Recipe)
     return Recipe(**values)
+
+
+def with_budget(recipe: Recipe, budget: int | None) -> Recipe:
+    """The recipe whose method may cost that many multiply-adds a token and channel at run time.
+
+    Raises:
+        UsageError: the method has no option ``budget``.
+    """
+    if budget is None:
+        return recipe
+    if "budget" not in specs.options_of(recipe.method):
+        raise UsageError(
+            asked=f"a budget of {budget} for {method_name(recipe.method)}",
+            found="a method without a budget",
+            why="it has one transform for a site, and that costs what it costs",
+            todo="leave the budget out, or choose the method mxtorq, which takes the best "
+            "transform within it",
+        )
+    return replace(recipe, method=replace(recipe.method, budget=budget))
 
 
 def plan_from(settings: Mapping[str, Any]) -> EvaluationPlan:
@@ -235,15 +259,15 @@ def to_toml(recipe: Recipe, plan: EvaluationPlan | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def require_ocp(recipe: Recipe) -> None:
+def require_ocp(scale: Scale) -> None:
     """Refuse to write what no hardware reads.
 
     Raises:
-        UsageError: the recipe has a non-OCP scale.
+        UsageError: it is a non-OCP scale.
     """
-    if not is_ocp(recipe.scale_rule):
+    if not is_ocp(scale):
         raise UsageError(
-            asked=f"a checkpoint with {recipe.scale_rule.value} scales",
+            asked=f"a checkpoint with {scale.value} scales",
             found="a scale that is no power of two",
             why="MXFP4 stores E8M0 scales, and no engine or hardware could run it",
             todo="evaluate it with `mxtorq compare`, or choose one of " + ", ".join(ScaleRule),

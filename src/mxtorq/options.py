@@ -14,10 +14,12 @@ from mxtorq.errors import UsageError
 
 MODEL_HELP = "A folder, a hub id, or [bold]reference[/bold]."
 _METHOD = (
-    "How inputs are transformed: identity (direct), hadamard, torq, duquant++, wush, quarot, ..., "
-    "with options as [bold]torq:levels=inter[/bold], or your own as package.module:Class."
+    "How inputs are transformed: mxtorq (at each site the candidate that loses least), identity "
+    "(direct), hadamard, torq, duquant++, wush, quarot, ..., with options as "
+    "[bold]torq:levels=inter[/bold], or your own as package.module:Class."
 )
 _ROUNDING = "How weights are rounded: rtn, gptq, with options as [bold]gptq:order=backward[/bold]."
+_CORRECTED = "gptq:exponents=3:search=outputs:sweeps=2:inputs=corrected"
 _RULE = (
     "The scale rule of weights, and of activations unless the target has its own; floor is OCP's. "
     "compare also takes log256 and four-thirds, which no hardware has."
@@ -37,11 +39,27 @@ RecipeFiles = Annotated[
     list[Path] | None,
     typer.Option("--recipe", metavar="FILE", help=f"{_RECIPE} Repeat it to compare recipes."),
 ]
-Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} \\[default: torq]")]
+Method = Annotated[str | None, typer.Option("--method", help=f"{_METHOD} \\[default: mxtorq]")]
 Methods = Annotated[
     str | None, typer.Option("--methods", help="Comma-separated; each as in quantize --method.")
 ]
-Rounding = Annotated[str | None, typer.Option("--rounding", help=f"{_ROUNDING} \\[default: rtn]")]
+Rounding = Annotated[
+    str | None,
+    typer.Option(
+        "--rounding",
+        help=f"{_ROUNDING} \\[default: what the method is made for: {_CORRECTED} for mxtorq, else "
+        "rtn]",
+    ),
+]
+Budget = Annotated[
+    int | None,
+    typer.Option(
+        "--budget",
+        help="Of mxtorq: the multiply-adds that a token may cost at run time, for each channel of "
+        "an input; 0 for none, 32 for one block matrix. Short for [bold]mxtorq:budget=N[/bold]. "
+        "\\[default: 128]",
+    ),
+]
 Roundings = Annotated[
     str | None, typer.Option("--roundings", help=f"Comma-separated. {_ROUNDING} \\[default: rtn]")
 ]

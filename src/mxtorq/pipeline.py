@@ -282,7 +282,7 @@ def prepare(
     """The model at rest, its sites that stay in BF16, the calibration text, and what is needed."""
     if ranks.leads:
         require_free(out)
-    require_ocp(recipe)
+    require_ocp(recipe.scale_rule)
     if recipe.outliers is not None:
         profile_called(recipe.outliers)
     progress("load", 0, 2)

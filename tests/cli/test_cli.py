@@ -11,11 +11,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from command import alone, here
+from mxtorq.config import rounding_name
 from mxtorq.reports.schema import Results
+from mxtorq.transforms.mxtorq.method import MXTORQ
 
 SMALL = ("--calibration-tokens", 256, "--seqlen", 64)
 
@@ -27,7 +30,7 @@ def test_help_shows_verbs_options_and_examples() -> None:
         assert "Example" in here(verb, "--help").stdout
     shared = ["--method", "--rounding", "--scale-rule", "--calibration", "--calibration-tokens"]
     text = here("quantize", "--help").stdout
-    for option in [*shared, "--seqlen", "--seed", "--outliers", "--allow-unfit"]:
+    for option in [*shared, "--budget", "--seqlen", "--seed", "--outliers", "--allow-unfit"]:
         assert option in text, option
     lists = ["--recipe", "--methods", "--roundings", "--scale-rules", "--seeds", "--outliers"]
     others = ["--calibration", "--calibration-tokens", "--text", "--eval-tokens", "--seqlen"]
@@ -128,6 +131,49 @@ def test_compare_from_recipes_goes_on_with_its_record(
     assert "no hardware has" in text
 
 
+def test_quantize_chooses_by_itself(
+    tiny_folders: dict[str, Path], story: Path, tmp_path: Path
+) -> None:
+    """Without a method: mxtorq with the rounding it is made for, and in the manifest what each
+    candidate loses; within a budget where one is named."""
+    some = "mxtorq:candidates=identity+wush+layer-32+layer-64"
+    for method, budget in (((), 128), (("--method", some, "--budget", 32), 32)):
+        out = tmp_path / str(budget)
+        common = ("quantize", tiny_folders["qwen3"], out, "--calibration", story, *SMALL)
+        done = here(*common, *method)
+        assert done.returncode == 0, done.stderr
+        assert "bit for bit" in done.stdout
+        manifest = json.loads((out / "mxtorq.json").read_text())
+        assert manifest["method"] == (some.replace(":", ":budget=32:") if method else "mxtorq")
+        corrected = "gptq:exponents=3:search=outputs:sweeps=2:inputs=corrected"
+        assert manifest["rounding"] == corrected
+        for site in manifest["sites"]:
+            choice = site["choice"]
+            least = min(choice["losses"].values())
+            assert choice["losses"][choice["candidate"]] == least
+            assert all(bound > least for bound in choice["at_least"].values())
+            assert site["multiply_adds"] <= budget * site["width"]
+        plan = ("--text", story, "--seqlen", 64, "--eval-tokens", 128)
+        assert here("evaluate", out, *plan).returncode == 0
+
+
+def test_methods_are_compared_with_one_rounding(
+    tiny_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Whatever is usual for each of them; a recipe file means what it means to quantize."""
+    (tmp_path / "own.toml").write_text('method = "mxtorq"\n')
+    common = ("compare", tiny_folders["qwen3"], "--methods", "hadamard,mxtorq")
+
+    def asked(*more: object) -> list[str]:
+        with mock.patch("mxtorq.cli.judge._compare") as compare:
+            assert here(*common, *more, cwd=tmp_path).returncode == 0
+        return [rounding_name(recipe.rounding) for recipe in compare.call_args.args[1]]
+
+    assert asked() == ["rtn", "rtn"]
+    assert asked("--roundings", "gptq") == ["gptq", "gptq"]
+    assert asked("--recipe", "own.toml")[0] == MXTORQ.usual_rounding
+
+
 def test_quantize_from_a_recipe(tiny_folders: dict[str, Path], story: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text('method = "wush"\nseed = 5\n[rounding]\nname = "gptq"\norder = "backward"\n')
@@ -180,6 +226,16 @@ def test_a_family_of_your_own(tiny_folders: dict[str, Path], story: Path, tmp_pa
         (("quantize", "MODEL", "OUT", "--scale-rule", "log256"), "mxtorq compare"),
         (("quantize", "MODEL", "OUT", "--method", "brq"), "choose size=16"),
         (("quantize", "MODEL", "OUT", "--method", "wush:curvature=conditional"), "gptq"),
+        (
+            ("quantize", "MODEL", "OUT", "--method", "mxtorq:candidates=wusch"),
+            "did you mean 'wush'",
+        ),
+        (("quantize", "MODEL", "OUT", "--method", "wush", "--budget", "32"), "the method mxtorq"),
+        (("quantize", "MODEL", "OUT", "--rounding", "gptq:coherence=1"), "pass inputs=corrected"),
+        (
+            ("quantize", "MODEL", "OUT", "--calibration-tokens", "64", "--seqlen", "64"),
+            "one window",
+        ),
         (("quantize", "MODEL", "OUT", "--recipe", "none.toml"), "recipes/"),
         (("compare", "MODEL", "--seeds", "0,x"), "--seeds 0,1,2"),
         (("compare", "MODEL", "--resume"), "pass --json"),
@@ -293,6 +349,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(
 ) -> None:
     model = tiny_folders["llama"]
     common = ("quantize", model, "out", *SMALL, "--calibration", story, "--dry-run")
+    common = (*common, "--method", "hadamard")
     done = here(*common, "--rounding", "gptq", "--json", "needs.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for words in ("memory (", "disk (", "activations", "quantized layers", "by a probe"):

@@ -2,8 +2,8 @@
 
 Models by hub id or folder, and ``reference``, are random models of one layer, wide enough for every
 block size that a recipe names. Texts of the hub and the standard library are a few thousand
-characters. Two searches are cut short. Everything else is what it is for a reader: recipes,
-published figures, the program.
+characters. Two searches are cut short, and `mxtorq` has few candidates. Everything else is what it
+is for a reader: recipes, published figures, the program.
 """
 
 import json
@@ -17,6 +17,7 @@ from unittest import mock
 import pytest
 
 import tiny_models
+from mxtorq.transforms.mxtorq import candidates
 from task_documents import DOCUMENTS
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,8 @@ SEARCHES = {
     "mxtorq.transforms.duquant.method.greedy_rotation": {"steps": 4},
 }
 """Searches of hundreds of steps, cut short."""
+CANDIDATES = ("identity", "hadamard", "wush", "layer-32")
+"""Of `mxtorq`, which has four times as many; to judge one takes a tenth of a second a site."""
 STORY = "The quick brown fox jumps over the lazy dog, and the dog, who is old, looks up. " * 100
 
 
@@ -93,6 +96,8 @@ def world(models: dict[str, Path], tmp_path: Path) -> Iterator[Path]:
             "mxtorq.loading.source.as_file": lambda _: nullcontext(models["qwen3"]),
         }.items():
             stack.enter_context(mock.patch(patched, stand_in))
+        few = {name: candidates.CANDIDATES[name] for name in CANDIDATES}
+        stack.enter_context(mock.patch.dict(candidates.CANDIDATES, few, clear=True))
         for name, fewer in SEARCHES.items():
             stack.enter_context(mock.patch(name, shortened(name, fewer)))
         yield tmp_path

@@ -3,18 +3,23 @@
 import ast
 import operator
 import re
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import oracles
 from mxtorq.config import parse_method
+from mxtorq.formats.e8m0 import ScaleRule
+from mxtorq.formats.mxfp4 import fake_quantize
 from mxtorq.rounding import ROUNDINGS
 from mxtorq.transforms import METHODS
+from mxtorq.transforms.base import Judgement, SiteStatistics
 from mxtorq.transforms.chain import Chain, chain
 from mxtorq.transforms.diagonal import Diagonal
 from mxtorq.transforms.hadamard import sizes
+from mxtorq.transforms.mxtorq.method import MXTORQ
 
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 RESULTS = (FOLDER.parent / "results" / "README.md").read_text(encoding="utf-8")
@@ -98,18 +103,40 @@ def worth(formula: str, known: dict[str, int]) -> int:
     return value(ast.parse(re.sub(r"(\d+)²", r"\1 * \1", plain), mode="eval").body)
 
 
-@pytest.mark.parametrize("name", METHODS)
+def site(width: int) -> SiteStatistics:
+    """A site with what a method is judged by that chooses: plain outputs, rounding to nearest."""
+    fitted = oracles.statistics(width)
+    rows = torch.cat(fitted.weights)
+    judgement = Judgement(
+        held_out=oracles.activations(100, width, outliers=4, seed=11),
+        gradients=rows,
+        output_weights=torch.ones(len(rows), dtype=torch.float64),
+        activations=ScaleRule.FLOOR,
+        corrected=False,
+        rounded=lambda weight, moment: fake_quantize(weight, ScaleRule.FLOOR),
+        runs=lambda transform: True,
+        stock=lambda transform: False,
+    )
+    return replace(fitted, judgement=judgement)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *(f"mxtorq:budget={most}" for most in (0, 32, 64))])
 def test_prices_are_those_of_the_transforms(name: str) -> None:
     """The formulas of the overview, for the input of down_proj; a bound where it says "at most"."""
     width, blocks = 384, 12
-    transform = parse_method(name).fit(oracles.statistics(width), seed=3)
+    method = parse_method(name)
+    transform = method.fit(site(width), seed=3)
     if isinstance(transform, Chain) and isinstance(transform.links[0], Diagonal):
         transform = chain(*transform.links[1:])  # factors are merged into what comes before
     stored = sum(tensor.numel() * tensor.element_size() for tensor in transform.tensors().values())
     factors = sizes(width)
     squares = sum(factor**2 for factor in factors)
     known = {"d": width, "B": blocks, "factors": sum(factors), "squares": squares}
-    for formula, real in zip(prices()[name], (transform.multiply_adds, stored), strict=True):
+    if isinstance(method, MXTORQ):
+        known["budget"] = method.budget
+    for formula, real in zip(
+        prices()[name.split(":")[0]], (transform.multiply_adds, stored), strict=True
+    ):
         most = formula.startswith("at most ")
         told = worth(formula.removeprefix("at most "), known)
         assert told >= real if most else told == real, (formula, told, real)

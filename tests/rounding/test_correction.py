@@ -143,3 +143,13 @@ def test_moments_of_nothing_real_are_refused() -> None:
 def test_penalties_that_mean_nothing_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(options))):
         GPTQ(inputs=Inputs.CORRECTED, **options)
+
+
+@pytest.mark.parametrize("inputs", [Inputs.PLAIN, Inputs.ROUNDED])
+@pytest.mark.parametrize("options", [{"ridge": 0.1}, {"coherence": 1.0}])
+def test_penalties_of_a_correction_that_is_not_made_are_refused(
+    inputs: Inputs, options: dict[str, float]
+) -> None:
+    assert GPTQ(inputs=inputs, ridge=0.03, coherence=3.0) == GPTQ(inputs=inputs)
+    with pytest.raises(UsageError, match="pass inputs=corrected, or leave"):
+        GPTQ(inputs=inputs, **options)

@@ -133,7 +133,7 @@ def inspect(
                 why="inputs are measured on the calibration text",
                 todo="pass --sensitivity too, or --calibration and --calibration-tokens instead",
             )
-        settings = {"calibration_tokens": TOKENS, **shared}
+        settings = {"calibration_tokens": TOKENS, "rounding": "rtn", **shared}
         recipes = [
             recipe_from({**settings, "method": name}) for name in (methods or METHODS).split(",")
         ]

@@ -66,6 +66,8 @@ if TYPE_CHECKING:
 from mxtorq.cli.app import app, given
 
 DEFAULT_METHODS = "identity,hadamard,torq"
+ONE_ROUNDING = "rtn"
+"""Of methods that are compared by name, unless roundings are named too."""
 DEMO_METHODS = "identity,hadamard,torq,duquant++,wush"
 DEMO_OUTLIERS = "qwen3-0.6b"
 
@@ -194,7 +196,8 @@ def compare(
         read = [read_settings(path) for path in recipe or []]
         bases = [settings for settings, _ in read]
         names = methods or ("" if bases else DEFAULT_METHODS)
-        bases += [{"method": name} for name in names.split(",") if name]
+        # One rounding for all: rows differ in what they name.
+        bases += [{"method": name, "rounding": ONE_ROUNDING} for name in names.split(",") if name]
         recipes = [
             recipe_from({**base, **shared, **choice})
             for choice in every_choice(lists)
@@ -248,7 +251,7 @@ def demo(
         from mxtorq.export.output import require_absent
         from mxtorq.loading.source import REFERENCE
 
-        rows = [{"method": "identity"}]
+        rows = [{"method": "identity", "rounding": ONE_ROUNDING}]
         rows += [
             {"method": name, "rounding": rounding} for name in (methods or DEMO_METHODS).split(",")
         ]

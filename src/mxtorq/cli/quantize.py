@@ -20,6 +20,7 @@ from mxtorq.errors import UsageError
 from mxtorq.options import (
     MODEL_HELP,
     ActivationMemory,
+    Budget,
     Calibration,
     CalibrationTokens,
     DeterministicReduce,
@@ -45,16 +46,19 @@ if TYPE_CHECKING:
 
 from mxtorq.cli.app import app, given
 
+DEFAULT_METHOD = "mxtorq"
+
 
 @app.command(
     epilog="Examples:\n\n"
     "  mxtorq quantize my-quantized-model\n\n"
     "  mxtorq quantize Qwen/Qwen3-0.6B out --calibration notes.jsonl --calibration-tokens 262144"
     "\n\n"
+    "  mxtorq quantize ./llama out --budget 32 --calibration notes.jsonl\n\n"
     "  mxtorq quantize ./llama out --method hadamard --scale-rule even\n\n"
     "  mxtorq quantize ./llama out --method hadamard --rounding gptq --target vllm-blackwell\n\n"
-    "  mxtorq quantize ./llama out --rounding gptq --activation-memory 8GB --dry-run\n\n"
-    "  torchrun --nproc-per-node 8 -m mxtorq quantize ./llama out --rounding gptq"
+    "  mxtorq quantize ./llama out --activation-memory 8GB --dry-run\n\n"
+    "  torchrun --nproc-per-node 8 -m mxtorq quantize ./llama out"
 )
 def quantize(
     paths: Annotated[
@@ -62,6 +66,7 @@ def quantize(
     ],
     recipe: RecipeFile = None,
     method: Method = None,
+    budget: Budget = None,
     rounding: Rounding = None,
     scale_rule: Rule = None,
     target: Target = None,
@@ -106,7 +111,14 @@ def quantize(
         model, out = ("reference", paths[0]) if len(paths) == 1 else (paths[0], paths[1])
         from mxtorq import pipeline
         from mxtorq.beginnings import silent
-        from mxtorq.config import parse_family, read_settings, recipe_from
+        from mxtorq.config import (
+            parse_family,
+            parse_scale,
+            read_settings,
+            recipe_from,
+            require_ocp,
+            with_budget,
+        )
         from mxtorq.loading.source import pick_device
         from mxtorq.preflight.check import require
         from mxtorq.ranks import ranks_from_environment
@@ -120,8 +132,11 @@ def quantize(
                 why="a report shows what each site lost",
                 todo="leave one of them out; --json keeps what the run will need",
             )
-        settings = read_settings(recipe)[0] if recipe else {"method": "torq"}
-        chosen = recipe_from({**settings, **named})
+        settings = read_settings(recipe)[0] if recipe else {"method": DEFAULT_METHOD}
+        asked = {**settings, **named}
+        if "scale_rule" in asked:  # before what a usual rounding would say of it
+            require_ocp(parse_scale(str(asked["scale_rule"])))
+        chosen = with_budget(recipe_from(asked), budget)
         arguments: dict[str, Any] = {
             "family": parse_family(family),
             "activation_memory": bytes_of("--activation-memory", activation_memory),

@@ -6,12 +6,14 @@ tokenizer are not counted.
 """
 
 from mxtorq.export.checkpoint import SINGLE_FILE
+from mxtorq.formats.spec import BLOCK
 from mxtorq.preflight.job import BF16, Job
 from mxtorq.reports.needs import Budget
+from mxtorq.transforms.mxtorq.method import MXTORQ
 from mxtorq.transforms.rotation import IdentityMethod
 
-_TRANSFORM = 256
-"""Bytes for a channel: a matrix of 32 x 32 in float64 for each block."""
+_NUMBER = 8
+"""Bytes: transforms are stored in float64."""
 
 
 def budget(job: Job, free: int, written: int) -> Budget:
@@ -50,7 +52,10 @@ def outside(job: Job) -> int:
 
 
 def transforms(job: Job) -> int:
-    """At most about this: what a method stores is known when it has chosen."""
-    if isinstance(job.recipe.method, IdentityMethod):
+    """At most about this, a matrix of 32 x 32 for each block, or as many numbers a channel as the
+    budget has multiply-adds: what a method stores is known when it has chosen."""
+    method = job.recipe.method
+    if isinstance(method, IdentityMethod):
         return 0
-    return job.layers * sum(_TRANSFORM * site.width for site in job.sites)
+    numbers = method.budget if isinstance(method, MXTORQ) else BLOCK
+    return job.layers * sum(_NUMBER * numbers * site.width for site in job.sites)

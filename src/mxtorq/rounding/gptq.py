@@ -108,7 +108,17 @@ class GPTQ(Rounding):
                 why="channels that depend on each other leave the Hessian without an inverse",
                 todo="pass a small positive number such as 0.01",
             )
-        for name, value in (("coherence", self.coherence), ("ridge", self.ridge)):
+        for name, value, usual in (
+            ("coherence", self.coherence, GPTQ.coherence),
+            ("ridge", self.ridge, GPTQ.ridge),
+        ):
+            if value != usual and not self.corrects_inputs:
+                raise UsageError(
+                    asked=f"{name}={value} with inputs={self.inputs}",
+                    found="weights that are not corrected for what rounding does to inputs",
+                    why=f"{name} is a penalty of that correction",
+                    todo=f"pass inputs=corrected, or leave {name} out",
+                )
             if not 0 <= value < float("inf") or (name == "ridge" and value == 0):
                 raise UsageError(
                     asked=f"{name}={value}",

@@ -283,6 +283,9 @@ class TransformMethod(ABC):
     """Whether it chooses among transforms: it reads `SiteStatistics.judgement`, and has `choose`,
     which says what was chosen and why."""
 
+    usual_rounding: ClassVar[str] = "rtn"
+    """How weights are rounded where a recipe does not say: what the method is made for."""
+
     @property
     def needs_compensation(self) -> bool:
         """Whether its transforms only make sense when rounding makes good for its own errors."""

@@ -13,6 +13,7 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor
 
+from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.formats.scales import Scale
 from mxtorq.formats.spec import BLOCK
 from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
@@ -35,7 +36,6 @@ PAPERS: dict[str, TransformMethod] = {
     "duquant++": DuQuantPlusPlus(),
     "perq": PeRQ(),
     "wush": WUSH(),
-    "hires": HiRes(),
 }
 """Methods by name, simpler ones first."""
 
@@ -83,6 +83,13 @@ def aware(place: Place, size: int) -> Transform | None:
     return at_best_scale(found, place.statistics, place.metric, place.activations)
 
 
+def hires(place: Place) -> Transform:
+    """HiRes' geometry under the rule of the inputs; under ``floor`` where that is not OCP's."""
+    rule = place.activations
+    scale = rule if isinstance(rule, ScaleRule) else ScaleRule.FLOOR
+    return HiRes(scale=scale).fit(place.statistics, place.seed)
+
+
 def smoothed(place: Place) -> Transform:
     """The layer-aware transform whose matrices are diagonal, and Hadamard's after it."""
     smooth = layer_smooth(place.statistics, place.metric, place.damping)
@@ -110,6 +117,7 @@ def in_turn(first: Callable[[Place], Transform], size: int, place: Place) -> Tra
 
 CANDIDATES: dict[str, Callable[[Place], Transform | None]] = {
     **{name: partial(by_method, method) for name, method in PAPERS.items()},
+    "hires": hires,
     "layer-smooth/hadamard": smoothed,
     **{f"layer-{size}": partial(aware, size=size) for size in SIZES},
     "torq-inter/layer-32": partial(in_turn, torq_inter, 32),

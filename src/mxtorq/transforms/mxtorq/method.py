@@ -43,6 +43,7 @@ class MXTORQ(TransformMethod):
     """A choice among all of them, by measurement."""
 
     chooses: ClassVar[bool] = True
+    usual_rounding: ClassVar[str] = "gptq:exponents=3:search=outputs:sweeps=2:inputs=corrected"
 
     budget: int = 128
     """Multiply-adds that a token may cost, for each channel of an input."""
