@@ -19,6 +19,7 @@ from mxtorq.choosing import (
     is_plain,
     joined_,
     least_batches,
+    require_windows,
     statistics_to_choose_by,
 )
 from mxtorq.config import Recipe, parse_method, parse_rounding
@@ -99,13 +100,13 @@ def test_an_eighth_of_the_batches_is_held_out(sizes: list[int], expected: int) -
             assert hold_out(some(*said[rank]), ranks) == expected
 
 
-def test_one_batch_alone_is_refused() -> None:
+def test_one_window_alone_is_refused() -> None:
     with pytest.raises(UsageError, match="one window") as caught:
-        hold_out(some(64))
+        require_windows(parse_method("mxtorq"), 1)
     assert all(vars(caught.value).get(part) for part in ("asked", "found", "why", "todo"))
+    require_windows(parse_method("mxtorq"), 2)
+    require_windows(parse_method("wush"), 1)
     assert (least_batches(parse_method("mxtorq")), least_batches(parse_method("wush"))) == (2, 1)
-    with pytest.raises(UsageError, match="one window"):
-        hold_out(some(64), Said(size=2, said=[[64], []]))
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])

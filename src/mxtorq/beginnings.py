@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mxtorq.calibration.data import Windows, calibration_windows, evaluation_windows, load_text
+from mxtorq.choosing import require_windows
 from mxtorq.config import EvaluationPlan, Recipe
 from mxtorq.errors import UsageError
 from mxtorq.loading.source import Source, load_source, pick_device
@@ -41,15 +42,21 @@ def load_model(
 
 
 def calibrate(source: Source, recipe: Recipe) -> Windows:
-    """The token windows that a recipe calibrates on."""
+    """The token windows that a recipe calibrates on.
+
+    Raises:
+        UsageError: the text is too short, or its windows are too few for the method.
+    """
     text = load_text(recipe.calibration, "calibration")
-    return calibration_windows(
+    windows = calibration_windows(
         text,
         source.tokenizer,
         seqlen=window_length(source, recipe.seqlen),
         tokens=recipe.calibration_tokens,
         seed=recipe.seed,
     )
+    require_windows(recipe.method, len(windows.ids))
+    return windows
 
 
 def evaluation_data(source: Source, plan: EvaluationPlan) -> Windows:

@@ -33,16 +33,13 @@ def least_batches(method: TransformMethod) -> int:
     return 2 if method.chooses else 1
 
 
-def hold_out(inputs: Sequence[LayerInput], ranks: Ranks = SOLO) -> int:
-    """How many tokens are held out: those of the last batches, about an eighth, of all ranks.
+def require_windows(method: TransformMethod, windows: int) -> None:
+    """Refuse a text that cannot be cut in two, before any work.
 
     Raises:
-        UsageError: there is one batch alone.
+        UsageError: a method that chooses would have one window alone.
     """
-    counts = ranks.all_json([item.tokens for item in inputs])
-    steps = max(map(len, counts))
-    sizes = [count[step] for step in range(steps) for count in counts if step < len(count)]
-    if len(sizes) < 2:
+    if method.chooses and windows < 2:
         raise UsageError(
             asked="a choice among transforms by what they lose on held-out text",
             found="one window of calibration text",
@@ -50,6 +47,16 @@ def hold_out(inputs: Sequence[LayerInput], ranks: Ranks = SOLO) -> int:
             todo="pass more --calibration-tokens or a smaller --seqlen, or a method that does not "
             "choose, such as wush",
         )
+
+
+def hold_out(inputs: Sequence[LayerInput], ranks: Ranks = SOLO) -> int:
+    """How many tokens are held out: those of the last batches, about an eighth, of all ranks.
+
+    There are two batches at least: see `require_windows` and `least_batches`.
+    """
+    counts = ranks.all_json([item.tokens for item in inputs])
+    steps = max(map(len, counts))
+    sizes = [count[step] for step in range(steps) for count in counts if step < len(count)]
     return sum(sizes[-max(1, round(len(sizes) / _EIGHTH)) :])
 
 

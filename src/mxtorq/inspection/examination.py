@@ -13,6 +13,7 @@ from torch import nn
 
 from mxtorq.beginnings import calibrate, evaluation_data, load_model, silent, versions
 from mxtorq.calibration.data import Windows
+from mxtorq.choosing import require_windows
 from mxtorq.config import EvaluationPlan, Recipe, method_name
 from mxtorq.errors import UsageError
 from mxtorq.formats.e8m0 import ScaleRule
@@ -69,6 +70,8 @@ def inspect(
     wanted = chosen_sites(source, sites, unfit)
     progress("load", 1, 2)
     windows = calibrate(source, first)
+    for method in methods.values():
+        require_windows(method, len(windows.ids))
     text = None if harm is None else evaluation_data(source, harm)
     progress("load", 2, 2)
 
