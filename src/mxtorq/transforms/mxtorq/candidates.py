@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,6 +57,11 @@ class Place:
     seed: int
     damping: float
     phases: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Where the statistics are; methods may fit elsewhere."""
+        return self.statistics.amax.device
 
     def after(self, transform: Transform) -> "Place":
         """The same site for whoever comes after a transform; weights are left as they are."""
@@ -110,7 +116,7 @@ def in_turn(first: Callable[[Place], Transform], size: int, place: Place) -> Tra
     """The layer-aware transform of what another makes of the inputs."""
     if place.statistics.width % size:
         return None
-    rest = first(place)
+    rest = first(place).to(place.device)
     last = aware(place.after(rest), size)
     return last if last is None else chain(rest, last)
 

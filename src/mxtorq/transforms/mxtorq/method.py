@@ -153,7 +153,7 @@ class MXTORQ(TransformMethod):
         most = self.budget * place.statistics.width
         if fit is None or judgement.multiply_adds(fit) > most or not judgement.runs(fit):
             return None
-        return fit
+        return fit.to(place.device)
 
     def _metric(self, statistics: SiteStatistics, judgement: Judgement) -> tuple[Tensor, Judgement]:
         """Rows g, by which an error e costs the mean of (e g^T)^2, and what outputs are worth."""
