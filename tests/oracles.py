@@ -91,10 +91,11 @@ def judged(seen: SiteStatistics, **changes: Any) -> SiteStatistics:
     draw = torch.Generator().manual_seed(9)
     loud = seen.sample.square().mean(0).sqrt()
     outputs = sum(map(len, seen.weights))
+    matter = torch.randn(seen.width, generator=draw).exp()
     fields: dict[str, Any] = {
         "held_out": torch.randn(96, seen.width, generator=draw) * loud,
-        "gradients": torch.randn(200, seen.width, generator=draw)
-        * torch.randn(seen.width, generator=draw).exp(),
+        "gradients": torch.randn(200, seen.width, generator=draw) * matter,
+        "held_out_gradients": torch.randn(150, seen.width, generator=draw) * matter,
         "output_weights": torch.rand(outputs, generator=draw, dtype=torch.float64),
         "activations": ScaleRule.FLOOR,
         "corrected": False,

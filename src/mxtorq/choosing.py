@@ -2,19 +2,21 @@
 
 Such a method (`TransformMethod.chooses`) fits candidates to the statistics of the first batches of
 the calibration text, and judges them on the last ones, an eighth of all, that no candidate has seen
-(`hold_out`). What an error is worth it reads off gradients (`calibration.gradients`). When it has
+(`hold_out`). What an error is worth it reads off gradients (`calibration.gradients`), of the first
+batches where something is fitted to them, and of the last one where it is judged. When it has
 chosen, the moments of both parts are added up, so that weights are rounded by all tokens, and all
-of this costs one pass over the text, as for any method, and a backward pass over two batches.
+of this costs one pass over the text, as for any method, and a backward pass over three batches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput, capture_split
-from mxtorq.calibration.gradients import SiteGradients, capture_gradients
+from mxtorq.calibration.gradients import BATCHES, capture_gradients
 from mxtorq.config import Recipe
 from mxtorq.errors import UsageError
 from mxtorq.export.targets import Target, runs
@@ -24,6 +26,7 @@ from mxtorq.ranks import SOLO, Ranks
 from mxtorq.surgery.linear import linear_at
 from mxtorq.surgery.rescale import is_norm, merges, split_diagonal
 from mxtorq.transforms.base import Judgement, SiteStatistics, Transform, TransformMethod
+from mxtorq.transforms.mxtorq.loss import GRADIENTS, evenly
 
 _EIGHTH = 8
 
@@ -67,18 +70,40 @@ def statistics_to_choose_by(
     recipe: Recipe,
     ranks: Ranks = SOLO,
 ) -> tuple[dict[str, SiteStatistics], dict[str, SiteStatistics]]:
-    """The statistics of each site, with what candidates are judged by, and those held out."""
+    """The statistics of each site, with what candidates are judged by, and those held out.
+
+    Args:
+        layer: the decoder layer, unquantized.
+        sites: by full name.
+        inputs: the layer's inputs, those of this rank.
+        recipe: by which a run rounds, and for whom.
+        ranks: who shares the work.
+
+    Raises:
+        ModelError: an activation or a gradient is NaN or Inf.
+    """
     held_out = hold_out(inputs, ranks)
     pairs = capture_split(layer, sites, inputs, recipe.seed, held_out, ranks)
-    gradients = capture_gradients(layer, sites, inputs, recipe.seed, ranks)
-    seen = {
-        name: replace(
-            first,
-            judgement=_judgement(layer, sites, name, last.sample, gradients.pop(name), recipe),
+    last = sum(ranks.all_json(len(inputs))) - 1
+    gradients = capture_gradients(
+        layer, sites, inputs, recipe.seed, ranks, batches=range(min(BATCHES, last))
+    )
+    others = capture_gradients(layer, sites, inputs, recipe.seed, ranks, batches=(last,))
+    seen = {}
+    for name, (first, final) in pairs.items():
+        found, rows = gradients.pop(name), others.pop(name).rows
+        judgement = Judgement(
+            held_out=final.sample,
+            gradients=found.rows,
+            held_out_gradients=rows[evenly(len(rows), GRADIENTS).to(rows.device)],
+            output_weights=found.output_weights,
+            activations=recipe.activation_rule,
+            corrected=recipe.rounding.corrects_inputs,
+            rounded=partial(_rounded, recipe),
+            **_served(layer, sites, sites[name], recipe.target),
         )
-        for name, (first, last) in pairs.items()
-    }
-    return seen, {name: last for name, (_, last) in pairs.items()}
+        seen[name] = replace(first, judgement=judgement)
+    return seen, {name: final for name, (_, final) in pairs.items()}
 
 
 def joined_(
@@ -103,38 +128,25 @@ def can_merge(layer: nn.Module, sites: Mapping[str, Site], site: Site) -> bool:
     return quantized.issuperset(site.sources) or is_norm(layer, site.source)
 
 
-def _judgement(
-    layer: nn.Module,
-    sites: Mapping[str, Site],
-    name: str,
-    held_out: Tensor,
-    gradients: SiteGradients,
-    recipe: Recipe,
-) -> Judgement:
-    site = sites[name]
+def _served(
+    layer: nn.Module, sites: Mapping[str, Site], site: Site, target: Target
+) -> dict[str, Any]:
+    """What runs transforms of a site, and what they cost, when what can be merged is merged."""
     merging = can_merge(layer, sites, site) and merges(layer, site)
     plain = is_plain(layer, site)
 
     def online(transform: Transform) -> Transform:
         return split_diagonal(transform)[1] if merging else transform
 
-    def run_by(target: Target, transform: Transform) -> bool:
-        return runs(online(transform), target, plain=plain)
+    return {
+        "runs": lambda transform: runs(online(transform), target, plain=plain),
+        "stock": lambda transform: runs(online(transform), Target.VLLM_EMULATION, plain=plain),
+        "multiply_adds": lambda transform: online(transform).multiply_adds,
+    }
 
-    def rounded(weight: Tensor, hessian: Callable[[], Tensor]) -> Tensor:
-        return dequantize(recipe.rounding.round(weight, hessian, recipe.scale_rule))
 
-    return Judgement(
-        held_out=held_out,
-        gradients=gradients.rows,
-        output_weights=gradients.output_weights,
-        activations=recipe.activation_rule,
-        corrected=recipe.rounding.corrects_inputs,
-        rounded=rounded,
-        runs=partial(run_by, recipe.target),
-        stock=partial(run_by, Target.VLLM_EMULATION),
-        multiply_adds=lambda transform: online(transform).multiply_adds,
-    )
+def _rounded(recipe: Recipe, weight: Tensor, hessian: Callable[[], Tensor]) -> Tensor:
+    return dequantize(recipe.rounding.round(weight, hessian, recipe.scale_rule))
 
 
 def _joined_(first: SiteStatistics, last: SiteStatistics) -> SiteStatistics:

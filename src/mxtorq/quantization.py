@@ -172,8 +172,8 @@ def quantize_layer_(
         statistics = capture_sites(layer, sites, inputs, recipe.seed, hessians=needed, ranks=ranks)
     choices: dict[str, dict[str, Any]] = {}
     with Stopwatch() as searching:
-        fit = partial(_fitted, recipe, statistics, choices)
-        fitted = fitted_sites(layer, sites, fit, ranks)
+        # The partial ends here: it would keep moments and weights until the layer is done.
+        fitted = fitted_sites(layer, sites, partial(_fitted, recipe, statistics, choices), ranks)
     if recipe.method.chooses:
         choices = {name: each for part in ranks.all_json(choices) for name, each in part.items()}
         statistics = joined_(statistics, held_out)
@@ -265,15 +265,16 @@ def _fitted(
     choices: dict[str, dict[str, Any]],
     name: str,
 ) -> Transform:
+    device = statistics[name].amax.device
     if not recipe.method.chooses:
-        return recipe.method.fit(statistics[name], recipe.seed)
+        return recipe.method.fit(statistics[name], recipe.seed).to(device)
     choice = recipe.method.choose(statistics[name], recipe.seed)
     choices[name] = {
         "candidate": choice.name,
         "losses": dict(choice.losses),
         "at_least": dict(choice.at_least),
     }
-    return choice.transform
+    return choice.transform.to(device)
 
 
 def _site_entry(

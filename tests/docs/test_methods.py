@@ -110,6 +110,7 @@ def site(width: int) -> SiteStatistics:
     judgement = Judgement(
         held_out=oracles.activations(100, width, outliers=4, seed=11),
         gradients=rows,
+        held_out_gradients=rows,
         output_weights=torch.ones(len(rows), dtype=torch.float64),
         activations=ScaleRule.FLOOR,
         corrected=False,

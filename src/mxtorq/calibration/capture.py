@@ -265,17 +265,23 @@ class Turn(NamedTuple):
     """Tokens of the text before it."""
 
 
-def turns(inputs: Sequence[LayerInput], ranks: Ranks) -> tuple[list[Turn], int]:
-    """The batches of this rank, as many steps as every other one has, and all tokens of all."""
+def turns(inputs: Sequence[LayerInput], ranks: Ranks) -> tuple[Iterator[Turn], int]:
+    """The batches of this rank, as many steps as every other one has, and all tokens of all.
+
+    A batch is taken from ``inputs`` when its turn comes, so that whoever iterates over them can
+    tell how long each took.
+    """
     counts = ranks.all_json([item.tokens for item in inputs])
-    steps: list[Turn] = []
-    before = 0
+    return _turns(inputs, counts, ranks.rank), sum(map(sum, counts))
+
+
+def _turns(inputs: Sequence[LayerInput], counts: list[list[int]], rank: int) -> Iterator[Turn]:
+    before, mine = 0, iter(inputs)
     for step in range(max(map(len, counts))):
         sizes = [sum(count[step : step + 1]) for count in counts]
-        item = inputs[step] if step < len(inputs) else None
-        steps.append(Turn(item, before + sum(sizes[: ranks.rank])))
+        yield Turn(next(mine, None), before + sum(sizes[:rank]))
         before += sum(sizes)
-    return steps, before
+    next(mine, None)  # says that the last one is done
 
 
 def _record(

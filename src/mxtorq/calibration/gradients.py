@@ -7,17 +7,20 @@ weights of the site alone cannot: that most of q and k does not matter where att
 that a gate which is shut passes nothing on. r is divided by the token's root mean square of h, as
 the next norm will divide: what counts is an error's part of the residual stream.
 
-One backward pass through one layer at a time, on the first batches of the calibration text, and
-never through the model. Nothing is learned from it but these second moments.
+One backward pass through one layer at a time, on a few batches of the calibration text, and never
+through the model. Nothing is learned from it but these second moments. Away from CPUs attention is
+computed by plain products here: fused backward passes add up in an order of their own each time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mxtorq.calibration.capture import LayerInput
 from mxtorq.errors import ModelError
@@ -25,7 +28,7 @@ from mxtorq.models.family import Site
 from mxtorq.ranks import SOLO, Ranks
 
 BATCHES = 2
-"""Of the calibration text, that gradients are computed for."""
+"""Of the calibration text, that gradients are computed for unless others are named."""
 
 
 class SiteGradients(NamedTuple):
@@ -43,34 +46,35 @@ def capture_gradients(
     inputs: Sequence[LayerInput],
     seed: int,
     ranks: Ranks = SOLO,
+    *,
+    batches: Container[int] = range(BATCHES),
 ) -> dict[str, SiteGradients]:
     """The gradients of a layer's output along random directions, at each site.
 
     Args:
         layer: the decoder layer, unquantized.
         sites: by full name.
-        inputs: the layer's inputs, those of this rank; the first `BATCHES` of all ranks count.
+        inputs: the layer's inputs, those of this rank.
         seed: of the directions, which are those of a batch whoever computes it.
+        ranks: who shares the work.
+        batches: the numbers of those that count, among the batches of all ranks.
 
     Raises:
         ModelError: a gradient is NaN or Inf.
     """
-    mine = [
-        (number, item)
-        for number, item in enumerate(inputs[:BATCHES])
-        if ranks.rank + number * ranks.size < BATCHES
-    ]
+    numbers = range(ranks.rank, ranks.rank + len(inputs) * ranks.size, ranks.size)
+    mine = [(n, item) for n, item in zip(numbers, inputs, strict=True) if n in batches]
     rows: dict[str, list[Tensor]] = {name: [] for name in sites}
     squares: dict[str, list[Tensor]] = {name: [] for name in sites}
     for number, item in mine:
-        draw = torch.Generator().manual_seed(seed + ranks.rank + number * ranks.size)
+        draw = torch.Generator().manual_seed(seed + number)
         at_inputs, at_outputs = _backward(layer, sites, item, draw)
         for name in sites:
             rows[name].append(at_inputs[name])
             squares[name].append(at_outputs[name])
     found = {}
     for name in sites:
-        # Ranks have one batch each before any has two, so theirs follow each other in the text.
+        # Ranks have one of these batches at most before any has two: theirs are in their order.
         every = torch.cat(ranks.gather(rows[name]))
         total = torch.stack(ranks.gather(squares[name])).sum(0)
         if not bool(torch.isfinite(every).all()) or not bool(torch.isfinite(total).all()):
@@ -104,7 +108,7 @@ def _backward(
         for path in site.linears
     ]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), _exactly(item.hidden.device):
             start = item.hidden.detach().clone().requires_grad_(True)
             output = layer(start, **item.arguments)
             output = output[0] if isinstance(output, tuple) else output
@@ -125,6 +129,10 @@ def _backward(
         sums = [_squares(outputs.get(path), layer, path) for path in site.linears]
         squares[name] = torch.cat(sums)
     return rows, squares
+
+
+def _exactly(device: torch.device) -> AbstractContextManager[None]:
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
 def _squares(gradient: Tensor | None, layer: nn.Module, path: str) -> Float64[Tensor, " d_out"]:

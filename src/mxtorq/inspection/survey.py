@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from mxtorq.calibration.capture import LayerInput, advance_, capture_sites
-from mxtorq.choosing import least_batches, statistics_to_choose_by
+from mxtorq.choosing import joined_, least_batches, statistics_to_choose_by
 from mxtorq.config import Recipe
 from mxtorq.evaluation.fidelity import output_error
 from mxtorq.formats.e8m0 import ScaleRule
@@ -31,7 +31,7 @@ from mxtorq.quantization import first_inputs
 from mxtorq.reports.inspection import Pair, Picture
 from mxtorq.surgery.fuse import quantize_site_
 from mxtorq.surgery.linear import fused_weights, linear_at
-from mxtorq.transforms.base import Transform, TransformMethod
+from mxtorq.transforms.base import SiteStatistics, Transform, TransformMethod
 
 Key = tuple[str, str]
 """A site's full name and a method's."""
@@ -113,18 +113,28 @@ def fitted(
     needed = any(method.needs_hessian for method in methods.values())
     if not sites:
         return {}, {}
-    choosing = [method for method in methods.values() if method.chooses]
+    choosing = {called: method for called, method in methods.items() if method.chooses}
+    others = {called: method for called, method in methods.items() if not method.chooses}
+    transforms: dict[Key, Transform] = {}
     if choosing:  # what is judged by does not depend on which of them it is
-        asked = Recipe(method=choosing[0], scale_rule=rule, seed=seed)
-        statistics, _ = statistics_to_choose_by(layer, dict(sites), inputs, asked)
+        asked = Recipe(method=next(iter(choosing.values())), scale_rule=rule, seed=seed)
+        statistics, held_out = statistics_to_choose_by(layer, dict(sites), inputs, asked)
+        transforms = _fitted(statistics, choosing, seed)
+        statistics = joined_(statistics, held_out)
     else:
         statistics = capture_sites(layer, dict(sites), inputs, seed, hessians=needed)
-    transforms = {
-        (name, called): method.fit(statistics[name], seed).to(statistics[name].amax.device)
-        for name in sites
+    transforms |= _fitted(statistics, others, seed)
+    return transforms, {name: seen.sample for name, seen in statistics.items()}
+
+
+def _fitted(
+    statistics: Mapping[str, SiteStatistics], methods: Mapping[str, TransformMethod], seed: int
+) -> dict[Key, Transform]:
+    return {
+        (name, called): method.fit(seen, seed).to(seen.amax.device)
+        for name, seen in statistics.items()
         for called, method in methods.items()
     }
-    return transforms, {name: seen.sample for name, seen in statistics.items()}
 
 
 def quantized_linears(

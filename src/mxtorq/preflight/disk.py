@@ -9,6 +9,7 @@ from mxtorq.export.checkpoint import SINGLE_FILE
 from mxtorq.formats.spec import BLOCK
 from mxtorq.preflight.job import BF16, Job
 from mxtorq.reports.needs import Budget
+from mxtorq.transforms.mxtorq.candidates import SIZES
 from mxtorq.transforms.mxtorq.method import MXTORQ
 from mxtorq.transforms.rotation import IdentityMethod
 
@@ -57,5 +58,5 @@ def transforms(job: Job) -> int:
     method = job.recipe.method
     if isinstance(method, IdentityMethod):
         return 0
-    numbers = method.budget if isinstance(method, MXTORQ) else BLOCK
+    numbers = min(method.budget, max(SIZES)) + 1 if isinstance(method, MXTORQ) else BLOCK
     return job.layers * sum(_NUMBER * numbers * site.width for site in job.sites)

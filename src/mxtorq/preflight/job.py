@@ -11,6 +11,7 @@ import torch
 
 from mxtorq.calibration.capture import BATCH_TOKENS
 from mxtorq.calibration.data import Windows
+from mxtorq.choosing import least_batches
 from mxtorq.config import Recipe
 from mxtorq.loading.source import Source
 from mxtorq.loading.writer import outside_layers
@@ -80,7 +81,8 @@ class Job:
     @property
     def batch(self) -> int:
         """Tokens of a forward pass."""
-        return max(1, BATCH_TOKENS // self.seqlen) * self.seqlen
+        windows = self.tokens // self.seqlen // least_batches(self.recipe.method)
+        return max(1, min(windows, BATCH_TOKENS // self.seqlen)) * self.seqlen
 
     @property
     def batches(self) -> int:

@@ -212,7 +212,7 @@ def moments(job: Job) -> int:
 def gradients(job: Job) -> int:
     """For a method that chooses, the gradients at each site's inputs of some batches, in float32:
     a row of each token, or of each that goes to an expert."""
-    tokens = min(BATCHES * job.batch, job.tokens) if job.recipe.method.chooses else 0
+    tokens = min((BATCHES + 1) * job.batch, job.tokens) if job.recipe.method.chooses else 0
     return _FLOAT * tokens * sum(site.width * site.passes for site in job.sites)
 
 

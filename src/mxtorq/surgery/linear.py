@@ -134,7 +134,8 @@ class MXFP4Linear(nn.Module):
         activations = self.input(inputs)
         if not self.keeps_weight and multiplies_packed(activations):
             return multiply_packed(activations, self.weight_mxfp4, self.bias)
-        return nn.functional.linear(activations, self._weight(inputs.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return nn.functional.linear(activations, self._weight(inputs.dtype), bias)
 
     def _weight(self, dtype: torch.dtype) -> Tensor:
         if self._kept is not None and self._kept.dtype == dtype:
@@ -171,7 +172,8 @@ class NonOCPLinear(nn.Module):
 
     def forward(self, inputs: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d_out"]:
         weight = self.weight.to(inputs.dtype)
-        return nn.functional.linear(self.input(inputs), weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(inputs.dtype)
+        return nn.functional.linear(self.input(inputs), weight, bias)
 
 
 def keep_weights_(model: nn.Module, limit: int | None = None) -> int:

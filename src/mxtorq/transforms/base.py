@@ -29,8 +29,10 @@ class Judgement:
     held_out: Float32[Tensor, "sampled d"]
     """Inputs of calibration tokens behind nothing else that a method may see."""
     gradients: Float32[Tensor, "rows d"]
-    """Of the layer's output along random directions, with respect to the site's input: an error e
-    of an input changes that output by E (e g)^2 in the mean square (`calibration.gradients`)."""
+    """g of the layer's output along random directions, with respect to the site's input: an error e
+    of an input changes that output by E (e g^T)^2 in the mean square (`calibration.gradients`)."""
+    held_out_gradients: Float32[Tensor, "others d"]
+    """Likewise of tokens that are held out: what is fitted to the former is judged by these."""
     output_weights: Float64[Tensor, " d_out"]
     """The mean square of the same gradients with respect to each output of the site's linears: what
     an error there is worth."""
@@ -296,8 +298,8 @@ class TransformMethod(ABC):
         """Choose a site's transform: a function of options, statistics and seed alone."""
 
     def choose(self, statistics: SiteStatistics, seed: int) -> "Choice":
-        """As `fit`, with what was compared: of a method that `chooses`."""
-        return Choice(self.fit(statistics, seed), "", {}, {})
+        """As `fit`, with what was compared. Every method that `chooses` has its own."""
+        raise NotImplementedError
 
     def check(self, shape: NetworkShape) -> None:
         """Refuse a network that the method cannot serve, before any work.

@@ -60,7 +60,7 @@ def brute(method: MXTORQ, seen: SiteStatistics) -> dict[str, tuple[Transform, fl
         here = place(seen, rows, seed=3, damping=method.damping, phases=method.phases)
         fit = CANDIDATES[name](here)
         if fit is not None:
-            losses = Losses(seen, judgement, rows)
+            losses = Losses(seen, judgement, judgement.held_out_gradients)
             found[name] = fit, losses.of_inputs(fit), losses.of_weights(fit)
     return found
 
@@ -115,7 +115,11 @@ def test_a_tie_goes_to_the_simplest(quiet: str) -> None:
     rows = torch.zeros(50, 128) if quiet == "inputs" else oracles.activations(50, 128, 3, seed=0)
     seen = oracles.judged(
         oracles.site(rows, torch.randn(32, 128)),
-        **({"gradients": torch.zeros(20, 128)} if quiet == "gradients" else {}),
+        **(
+            {name: torch.zeros(20, 128) for name in ("gradients", "held_out_gradients")}
+            if quiet == "gradients"
+            else {}
+        ),
     )
     choice = MXTORQ().choose(seen, 0)
     assert choice.name == "identity"
@@ -197,6 +201,7 @@ def test_outputs_alike_is_wush_own_measure(site: SiteStatistics) -> None:
     alike = oracles.judged(
         site,
         gradients=torch.cat(site.weights),
+        held_out_gradients=torch.cat(site.weights),
         output_weights=torch.full((rows,), 1 / rows, dtype=torch.float64),
     )
     by_layer = MXTORQ(candidates=FEW).choose(alike, 3)

@@ -107,7 +107,7 @@ class MXTORQ(TransformMethod):
                 todo="let a run collect them (`chooses` of the method stays True), or fit one of "
                 "the candidates by itself, such as wush",
             )
-        metric, judgement = self._metric(statistics, judgement)
+        metric, others, judgement = self._metric(statistics, judgement)
         place = Place(
             statistics=statistics,
             metric=metric,
@@ -130,7 +130,7 @@ class MXTORQ(TransformMethod):
                 "budget, and the target has to run it",
                 todo="add identity, which is always possible, or raise the budget",
             )
-        losses = Losses(statistics, judgement, metric)
+        losses = Losses(statistics, judgement, others)
         least = {name: losses.of_inputs(fit) for name, fit in found.items()}
         whole: dict[str, float] = {}
         best = math.inf
@@ -155,10 +155,13 @@ class MXTORQ(TransformMethod):
             return None
         return fit.to(place.device)
 
-    def _metric(self, statistics: SiteStatistics, judgement: Judgement) -> tuple[Tensor, Judgement]:
-        """Rows g, by which an error e costs the mean of (e g^T)^2, and what outputs are worth."""
+    def _metric(
+        self, statistics: SiteStatistics, judgement: Judgement
+    ) -> tuple[Tensor, Tensor, Judgement]:
+        """Rows g, by which an error e costs the mean of (e g^T)^2, to fit to and to judge by; and
+        what outputs are worth."""
         if self.metric is Metric.LAYER:
-            return judgement.gradients, judgement
+            return judgement.gradients, judgement.held_out_gradients, judgement
         rows = torch.cat([weight.float() for weight in statistics.weights])
         alike = torch.full_like(judgement.output_weights, 1 / len(rows))
-        return rows, replace(judgement, output_weights=alike)
+        return rows, rows, replace(judgement, output_weights=alike)
