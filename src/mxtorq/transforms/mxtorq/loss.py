@@ -12,9 +12,9 @@ taken independently of each other, as moments would be.
 Where weights will be corrected for what rounding does to inputs in the mean (`rounding.correction`)
 that part is taken out of e_x beforehand, by least squares within each MX block.
 
-Weights are rounded as the run will round them, but some of them: `ROWS` rows and `COLUMNS` columns,
-evenly spread, with the second moment of those columns. What that leaves out are errors made good in
-other columns, alike for all candidates.
+Weights are rounded by the run's own rounding, but some of them: `ROWS` rows and `COLUMNS` columns,
+evenly spread, with the second moment of plain inputs in those columns. What that leaves out, errors
+made good in other columns and corrections, it leaves out for all candidates.
 """
 
 import torch

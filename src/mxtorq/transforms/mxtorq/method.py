@@ -1,8 +1,8 @@
 """The method `mxtorq`: at every site the candidate that loses least on inputs that none has seen.
 
 Every candidate (`candidates`) is fitted to the same statistics, which are summed up once, and then
-judged (`loss`) on held-out sequences of the calibration text with both operands rounded as the run
-and its target will round them. The least loss is taken: at no site and on no choice of candidates
+judged (`loss`) on held-out sequences of the calibration text, their inputs and their gradients, with
+both operands rounded by the rules of the run. The least loss is taken: at no site and on no choice of candidates
 is the loss there above that of any of them. A tie goes to the candidate that is earlier in the
 table, the simpler one.
 
