@@ -1,10 +1,10 @@
 """The method `mxtorq`: at every site the candidate that loses least on inputs that none has seen.
 
 Every candidate (`candidates`) is fitted to the same statistics, which are summed up once, and then
-judged (`loss`) on held-out sequences of the calibration text, their inputs and their gradients, with
-both operands rounded by the rules of the run. The least loss is taken: at no site and on no choice of candidates
-is the loss there above that of any of them. A tie goes to the candidate that is earlier in the
-table, the simpler one.
+judged (`loss`) on held-out sequences of the calibration text, their inputs and their gradients,
+with both operands rounded by the rules of the run. The least loss is taken: at no site and on no
+choice of candidates is the loss there above that of any of them. A tie goes to the candidate that
+is earlier in the table, the simpler one.
 
 ``budget`` is what a transform may cost at run time. ``margin`` is what may be lost for a transform
 that engines run without mxtorq: one matrix of 32 x 32 for all blocks of an input, or nothing.
