@@ -65,7 +65,8 @@ def test_what_a_method_chose_is_told_everywhere(
     small = ("--calibration", story, "--calibration-tokens", 512, "--seqlen", 64)
     text = ("--text", story, "--eval-tokens", 128)
     method = "mxtorq:candidates=identity+hadamard"
-    done = run("quantize", model, out, *small, "--method", method, "--report", tmp_path / "a.html")
+    how = ("--method", method, "--rounding", "rtn")  # compare has that unless told otherwise
+    done = run("quantize", model, out, *small, *how, "--report", tmp_path / "a.html")
     assert done.exit_code == 0, done.output
     sites = json.loads((out / "mxtorq.json").read_text(encoding="utf-8"))["sites"]
     chosen = {site["site"]: site["choice"]["candidate"] for site in sites}
