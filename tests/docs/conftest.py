@@ -44,7 +44,7 @@ SEARCHES = {
     "mxtorq.transforms.duquant.method.greedy_rotation": {"steps": 4},
 }
 """Searches of hundreds of steps, cut short."""
-CANDIDATES = ("identity", "hadamard", "wush", "layer-32")
+CANDIDATES = ("identity", "hadamard", "wush", "layer-32", "layer-128")
 """Of `mxtorq`, which has four times as many; to judge one takes a tenth of a second a site."""
 STORY = "The quick brown fox jumps over the lazy dog, and the dog, who is old, looks up. " * 100
 
