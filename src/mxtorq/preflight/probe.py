@@ -97,8 +97,8 @@ def _once(
     source: Source, recipe: Recipe, windows: Windows, unfit: Mapping[str, int]
 ) -> tuple[Pace, float]:
     first = with_one_layer(source)
-    some = torch.cat(batches(windows.ids, least_batches(recipe.method))[:2])
     least = least_batches(recipe.method)
+    some = torch.cat(batches(windows.ids, least)[:2])
     inputs = Clocked(list(first_inputs(first, some, least=least)), source.device)
     started = now(source.device)
     for _ in quantize_layers_(first, inputs, recipe, unfit, _silent):
