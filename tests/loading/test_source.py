@@ -189,8 +189,9 @@ def test_a_gated_model_says_to_log_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"needs config\.json"):
+    with pytest.raises(ModelError, match=r"needs config\.json") as refused:
         load_source(str(tmp_path), CPU)
+    assert str(tmp_path / "config.json") in str(refused.value)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '"text"'])

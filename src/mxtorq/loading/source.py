@@ -210,6 +210,8 @@ def _read_generation_config_(name: str, where: str, model: Any) -> None:
 def _read_config(name: str, where: str) -> dict[str, Any]:
     from transformers.utils.hub import cached_file
 
+    if Path(where).is_dir():
+        return read_configuration(Path(where) / "config.json", _refusal(name))
     try:
         path = cached_file(where, "config.json")
     except Exception as error:  # as above
