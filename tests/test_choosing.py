@@ -14,7 +14,6 @@ from mxtorq import pipeline
 from mxtorq.calibration import capture
 from mxtorq.calibration.capture import LayerInput, capture_sites, first_layer_inputs
 from mxtorq.choosing import (
-    can_merge,
     hold_out,
     is_plain,
     joined_,
@@ -152,14 +151,9 @@ def test_what_candidates_are_judged_by_is_of_the_recipe(monkeypatch: pytest.Monk
     assert each.judgement.rounded(weight, lambda: torch.eye(64)).equal(mxfp4.fake_quantize(weight))
 
 
-def test_where_a_diagonal_can_be_merged_and_who_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, sites, _ = first("qwen2", 1, monkeypatch)
-    by = {site.name: site for site in sites.values()}
-    assert [is_plain(layer, site) for site in by.values()] == [False, True, True, True]
-    assert [can_merge(layer, sites, site) for site in by.values()] == [True] * 4
-    without = {name: site for name, site in sites.items() if site.name != "qkv_in"}
-    assert not can_merge(layer, without, by["o_in"])  # v_proj stays as it is
-    assert can_merge(layer, without, by["gate_up_in"])
+    assert [is_plain(layer, site) for site in sites.values()] == [False, True, True, True]
     layer, sites, _ = first("qwen3_moe", 1, monkeypatch)
     assert [is_plain(layer, site) for site in sites.values()] == [True, True, False, False]
     layer, sites, _ = first("llama", 1, monkeypatch)

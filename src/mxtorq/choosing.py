@@ -24,7 +24,7 @@ from mxtorq.kernels.dispatch import dequantize
 from mxtorq.models.family import Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.surgery.linear import linear_at
-from mxtorq.surgery.rescale import is_norm, merges, split_diagonal
+from mxtorq.surgery.rescale import can_merge, merges, split_diagonal
 from mxtorq.transforms.base import Judgement, SiteStatistics, Transform, TransformMethod
 from mxtorq.transforms.mxtorq.loss import GRADIENTS, evenly
 
@@ -88,7 +88,9 @@ def statistics_to_choose_by(
     gradients = capture_gradients(
         layer, sites, inputs, recipe.seed, ranks, batches=range(min(BATCHES, last))
     )
-    others = capture_gradients(layer, sites, inputs, recipe.seed, ranks, batches=(last,))
+    others = capture_gradients(
+        layer, sites, inputs, recipe.seed, ranks, batches=(last,), weighs_outputs=False
+    )
     seen = {}
     for name, (first, final) in pairs.items():
         found, rows = gradients.pop(name), others.pop(name).rows
@@ -119,13 +121,6 @@ def joined_(
 def is_plain(layer: nn.Module, site: Site) -> bool:
     """Whether no linear of a site has a bias or is an expert's."""
     return not site.experts and all(linear_at(layer, path).bias is None for path in site.linears)
-
-
-def can_merge(layer: nn.Module, sites: Mapping[str, Site], site: Site) -> bool:
-    """Whether a diagonal of a site may go into its source: a norm, or linears that are quantized
-    themselves."""
-    quantized = {path for each in sites.values() for path in each.linears}
-    return quantized.issuperset(site.sources) or is_norm(layer, site.source)
 
 
 def _served(

@@ -64,11 +64,12 @@ def rounding_moments_(
     plain = {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
     if not rounding.sees_rounded_inputs:
         return {name: Moments(plain[name]) for name in sites}
-    after = _after(transforms, recipe.activation_rule)
+    scale = recipe.activation_rule
     if not rounding.corrects_inputs:
-        rounded = capture_hessians(layer, sites, inputs, after, ranks)
+        rounded = capture_hessians(layer, sites, inputs, _after(transforms, scale), ranks)
         return {name: Moments(partial(rounded.pop, name)) for name in sites}
-    pairs = capture_pairs(layer, sites, inputs, _before(transforms), after, ranks)
+    both = {name: partial(_both, each, scale) for name, each in transforms.items()}
+    pairs = capture_pairs(layer, sites, inputs, both, ranks)
     return {
         name: Moments(
             partial(_take_rounded_, pairs, name),
@@ -141,6 +142,13 @@ def _after(
 
 def _through(transform: Transform, scale: Scale, values: Tensor) -> Tensor:
     return fake_quantize(transform.online(values.float()), scale)
+
+
+def _both(transform: Transform, scale: Scale, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What `_transformed` and `_through` give."""
+    online = transform.online(values.float())
+    plain = online if transform.exact_online else _transformed(transform, values)
+    return plain, fake_quantize(online, scale)
 
 
 def _transformed(transform: Transform, values: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from mxtorq.calibration.capture import (
 )
 from mxtorq.calibration.experts import ExpertInputs, capture_experts
 from mxtorq.choosing import (
-    can_merge,
     is_plain,
     joined_,
     least_batches,
@@ -41,7 +40,7 @@ from mxtorq.sharing import fitted_sites, round_sites_
 from mxtorq.surgery.fuse import require_fit
 from mxtorq.surgery.network import network
 from mxtorq.surgery.offline import apply_offline_, round_kept_
-from mxtorq.surgery.rescale import merge_diagonal_
+from mxtorq.surgery.rescale import can_merge, merge_diagonal_
 from mxtorq.transforms.base import OfflineRotations, SiteStatistics, Transform
 
 Progress = Callable[[str, int, int], None]

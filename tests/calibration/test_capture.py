@@ -87,9 +87,10 @@ def test_pairs_are_the_moments_before_and_after_a_change(monkeypatch: pytest.Mon
     plain = capture_sites(layer, sites, first_layer_inputs(model, family, windows), seed=0)
     monkeypatch.setattr("mxtorq.calibration.capture.BATCH_TOKENS", 64)  # several batches
     inputs = first_layer_inputs(model, family, windows)
-    before = {name: lambda values: 2.0 * values for name in sites}
-    after = {name: lambda values: values.flip(-1).round(decimals=1) for name in sites}
-    found = capture_pairs(layer, sites, inputs, before, after)
+    both = {
+        name: lambda values: (2.0 * values, values.flip(-1).round(decimals=1)) for name in sites
+    }
+    found = capture_pairs(layer, sites, inputs, both)
     for name in sites:
         x = plain[name].sample  # all of the 128 tokens
         one, two = 2.0 * x.double(), x.flip(-1).round(decimals=1).double()

@@ -197,6 +197,15 @@ def test_only_the_first_batches_count() -> None:
         assert torch.equal(each.output_weights, some[name].output_weights)
 
 
+def test_outputs_are_looked_at_where_they_are_asked_for() -> None:
+    family = tiny_models.FAMILIES["llama"]
+    layer, sites, inputs = first(family, tiny_models.build("llama"))
+    both = capture_gradients(layer, sites, inputs, seed=0)
+    for name, each in capture_gradients(layer, sites, inputs, 0, weighs_outputs=False).items():
+        assert torch.equal(each.rows, both[name].rows)
+        assert len(each.output_weights) == 0 < len(both[name].output_weights)
+
+
 def test_an_expert_that_nobody_goes_to_is_worth_nothing() -> None:
     """The router's rows v, -v, u, -u, 0, 0: two of the first four are always above the last two."""
     model = tiny_models.build("qwen3_moe", num_local_experts=6)

@@ -8,6 +8,7 @@ import torch
 from mxtorq.errors import FormatError
 from mxtorq.transforms import KINDS
 from mxtorq.transforms.engine_matrix import EngineMatrix, engine_matrix
+from mxtorq.transforms.rotation import BlockRotation
 
 WIDTH = 96
 EPS = torch.finfo(torch.float64).eps
@@ -53,6 +54,8 @@ def test_online_rounds_to_bf16_and_the_map_itself_does_not() -> None:
     x = torch.randn(4, WIDTH)
     assert torch.equal(made.online(x), made.apply(x).bfloat16().float())
     assert not torch.equal(made.online(x), made.apply(x))
+    assert not made.exact_online
+    assert BlockRotation(WIDTH, rotations(1)[0]).exact_online
     read = KINDS[made.kind].from_tensors(WIDTH, made.tensors())
     assert torch.equal(read.apply(x), made.apply(x))
     assert made.multiply_adds == WIDTH * 32

@@ -221,11 +221,10 @@ def capture_pairs(
     layer: nn.Module,
     sites: dict[str, Site],
     inputs: Sequence[LayerInput],
-    before: Mapping[str, Callable[[Tensor], Tensor]],
-    after: Mapping[str, Callable[[Tensor], Tensor]],
+    both: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
     ranks: Ranks = SOLO,
 ) -> dict[str, Pair]:
-    """Both moments of what two functions of each site make of its inputs.
+    """Both moments of the two things that a function of each site makes of its inputs.
 
     Raises:
         ModelError: an activation is NaN or Inf.
@@ -234,7 +233,7 @@ def capture_pairs(
         layer,
         sites,
         inputs,
-        lambda name, width, _: PairAccumulator(name, width, before[name], after[name], ranks),
+        lambda name, width, _: PairAccumulator(name, width, both[name], ranks),
         ranks,
     )
     return {

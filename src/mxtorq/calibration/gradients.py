@@ -37,7 +37,7 @@ class SiteGradients(NamedTuple):
     rows: Float32[Tensor, "rows d"]
     """g of each token: with respect to the input that all linears of the site share."""
     output_weights: Float64[Tensor, " d_out"]
-    """The mean square of the gradient of each output of the site's linears."""
+    """The mean square of the gradient of each output of the site's linears; none unless asked."""
 
 
 def capture_gradients(
@@ -48,6 +48,7 @@ def capture_gradients(
     ranks: Ranks = SOLO,
     *,
     batches: Container[int] = range(BATCHES),
+    weighs_outputs: bool = True,
 ) -> dict[str, SiteGradients]:
     """The gradients of a layer's output along random directions, at each site.
 
@@ -58,6 +59,7 @@ def capture_gradients(
         seed: of the directions, which are those of a batch whoever computes it.
         ranks: who shares the work.
         batches: the numbers of those that count, among the batches of all ranks.
+        weighs_outputs: whether to look at the outputs of linears too.
 
     Raises:
         ModelError: a gradient is NaN or Inf.
@@ -66,9 +68,10 @@ def capture_gradients(
     mine = [(n, item) for n, item in zip(numbers, inputs, strict=True) if n in batches]
     rows: dict[str, list[Tensor]] = {name: [] for name in sites}
     squares: dict[str, list[Tensor]] = {name: [] for name in sites}
+    heard = {name: site.linears if weighs_outputs else () for name, site in sites.items()}
     for number, item in mine:
         draw = torch.Generator().manual_seed(seed + number)
-        at_inputs, at_outputs = _backward(layer, sites, item, draw)
+        at_inputs, at_outputs = _backward(layer, sites, heard, item, draw)
         for name in sites:
             rows[name].append(at_inputs[name])
             squares[name].append(at_outputs[name])
@@ -90,9 +93,14 @@ def capture_gradients(
 
 
 def _backward(
-    layer: nn.Module, sites: Mapping[str, Site], item: LayerInput, draw: torch.Generator
+    layer: nn.Module,
+    sites: Mapping[str, Site],
+    heard: Mapping[str, Sequence[str]],
+    item: LayerInput,
+    draw: torch.Generator,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients at the inputs of each site, and the sums of their squares at its outputs."""
+    """Gradients at the inputs of each site, and the sums of their squares at the outputs of the
+    linears that are ``heard`` there."""
     reached: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     hooks = [
@@ -104,8 +112,8 @@ def _backward(
     ]
     hooks += [
         layer.get_submodule(path).register_forward_hook(partial(_see, given, path))
-        for site in sites.values()
-        for path in site.linears
+        for paths in heard.values()
+        for path in paths
     ]
     try:
         with torch.enable_grad(), _exactly(item.hidden.device):
@@ -126,8 +134,9 @@ def _backward(
         # An expert that no token of the batch goes to is not called.
         parts = [inputs[path].flatten(0, -2).float() for path in site.taps if path in inputs]
         rows[name] = torch.cat(parts)
-        sums = [_squares(outputs.get(path), layer, path) for path in site.linears]
-        squares[name] = torch.cat(sums)
+        none = rows[name].new_empty(0, dtype=torch.float64)
+        sums = [_squares(outputs.get(path), layer, path) for path in heard[name]]
+        squares[name] = torch.cat([none, *sums])
     return rows, squares
 
 

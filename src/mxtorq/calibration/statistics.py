@@ -191,17 +191,16 @@ class PairAccumulator(SiteAccumulator):
         self,
         site: str,
         width: int,
-        before: Callable[[Tensor], Tensor],
-        after: Callable[[Tensor], Tensor],
+        both: Callable[[Tensor], tuple[Tensor, Tensor]],
         ranks: Ranks = SOLO,
     ) -> None:
-        """``before`` and ``after`` give both from the inputs as they come, in float32."""
+        """``both`` gives them from the inputs as they come, in float32."""
         super().__init__(site, width, 0, 0, ranks=ranks)
-        self._before, self._after = before, after
+        self._both = both
         self._cross = torch.zeros(width, width, dtype=torch.float64)
 
     def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
-        before, after = (f(inputs.flatten(0, -2)) for f in (self._before, self._after))
+        before, after = self._both(inputs.flatten(0, -2))
         super().add(after)
         self._cross = self._cross.to(after.device)
         parts = zip(before.split(TOKENS_AT_ONCE), after.split(TOKENS_AT_ONCE), strict=True)

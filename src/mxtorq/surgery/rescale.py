@@ -7,6 +7,7 @@ A gain that a checkpoint keeps in BF16 is rounded to BF16 here, and the readers 
 the gain was *really* multiplied with: smoothing costs the function nothing, whatever its factors.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -111,6 +112,13 @@ def merge_diagonal_(
     # Every channel has its own source here, so that no head is repeated: one head of all channels.
     applied = rescale_site_(layer, site, wanted, head_dim=len(wanted), kept=kept)
     return rest, applied.double()
+
+
+def can_merge(layer: nn.Module, sites: Mapping[str, Site], site: Site) -> bool:
+    """Whether a diagonal of a site may go into its source: a norm, or linears that are quantized
+    themselves. Whether there is a place for it in the source is what `merges` says."""
+    quantized = {path for each in sites.values() for path in each.linears}
+    return quantized.issuperset(site.sources) or is_norm(layer, site.source)
 
 
 def merges(layer: nn.Module, site: Site) -> bool:

@@ -174,6 +174,11 @@ class Transform(ABC):
         """What an engine computes for x T: `apply`, unless its rounding belongs to the map."""
         return self.apply(values)
 
+    @property
+    def exact_online(self) -> bool:
+        """Whether `online` is `apply`."""
+        return type(self).online is Transform.online
+
     @abstractmethod
     def fuse(self, weight: Float64[Tensor, "d_out d"]) -> Float64[Tensor, "d_out d"]:
         """Offline: W T^-T in float64."""
@@ -201,8 +206,11 @@ class Transform(ABC):
         """The inverse of `tensors`. Raises `FormatError` when they do not describe one."""
 
     def to(self, device: torch.device) -> "Transform":
-        """The same map on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        """The same map on another device; itself where it is there already."""
+        parts = self.tensors()
+        if all(tensor.device == device for tensor in parts.values()):
+            return self
+        moved = {name: tensor.to(device) for name, tensor in parts.items()}
         return type(self).from_tensors(self.width, moved)
 
     def matrix(self) -> Float64[Tensor, "d d"]:

@@ -33,7 +33,7 @@ class Permutation(Rotation):
         return len(self.order)
 
     def apply(self, values: Float[Tensor, "*tokens d"]) -> Float[Tensor, "*tokens d"]:
-        return values[..., self.order]
+        return values.gather(-1, self.order.expand(values.shape))  # faster than an index, on CPUs
 
     @property
     def multiply_adds(self) -> int:

@@ -17,6 +17,7 @@ from mxtorq.transforms.mxtorq.layer_aware import (
     block_moments,
     layer_aware,
     layer_smooth,
+    moments_of,
 )
 from mxtorq.transforms.wush import WUSH, damped, diagonal_blocks
 
@@ -53,7 +54,7 @@ def test_with_the_rows_of_the_weight_it_is_wush(site: SiteStatistics) -> None:
     """The same factors but for the order of B's sums, of 96 rows: by so much of the diagonal B is
     off, and T by that times both condition numbers at most."""
     wush = WUSH(damping=0.02).fit(site, 0).matrices
-    found = layer_aware(site, site.weight, 32, damping=0.02).matrices
+    found = layer_aware(moments_of(site, site.weight, 32), damping=0.02).matrices
     a, b = (
         damped(moments, 0.02)
         for moments in (diagonal_blocks(site.hessian), block_moments(site.weight, 32))
@@ -72,7 +73,7 @@ def test_the_product_of_both_traces_is_at_its_bound(site: SiteStatistics, size: 
     """(tr (A^1/2 B A^1/2)^1/2)^2, which no transform is below (Cauchy-Schwarz), and no other one
     that was tried either. The root of a root has half of the digits."""
     rows, damping = metric(), 0.003
-    found = layer_aware(site, rows, size, damping)
+    found = layer_aware(moments_of(site, rows, size), damping)
     inputs = damped(diagonal_blocks(site.hessian, size), damping)
     outputs = damped(block_moments(rows, size), damping)
     draw = torch.Generator().manual_seed(size)
@@ -96,7 +97,7 @@ def test_larger_blocks_cost_less_by_the_bound(site: SiteStatistics) -> None:
     """A bound of a whole is not above that of its parts: transforms of blocks are some of it."""
     rows, whole = metric().double(), []
     for size in (32, 64, 128, 256):
-        t = layer_aware(site, rows, size, 1e-6).matrix()
+        t = layer_aware(moments_of(site, rows, size), 1e-6).matrix()
         whole.append(cost(t, site.hessian, rows.T @ rows / len(rows)))
     # The damping of 1e-6 is part of what was minimised, and not of what is compared.
     assert all(large <= 1.001 * small for small, large in pairwise(whole))
@@ -106,7 +107,7 @@ def test_some_damping_is_enough_for_rows_of_one_direction(site: SiteStatistics) 
     """Rounding errors of sums in float32 would be above it."""
     draw = torch.Generator().manual_seed(0)
     rows = torch.randn(300, 1, generator=draw) * torch.randn(1, WIDTH, generator=draw)
-    found = layer_aware(site, rows, 256, damping=1e-6)
+    found = layer_aware(moments_of(site, rows, 256), damping=1e-6)
     assert torch.isfinite(found.matrices).all()
 
 
@@ -119,6 +120,15 @@ def test_moments_are_those_of_each_block() -> None:
             moment = some.T @ some / len(rows)
             bound = len(rows) * EPS * (some.abs().T @ some.abs()) / len(rows)
             assert ((found[block] - moment).abs() <= bound).all()
+
+
+def test_moments_of_smaller_blocks_are_part_of_those_of_larger_ones(site: SiteStatistics) -> None:
+    """Those of the inputs are parts of one matrix; sums of rows may have an order of their own."""
+    rows = metric()
+    large, small = moments_of(site, rows, 128).within(32), moments_of(site, rows, 32)
+    assert torch.equal(large.inputs, small.inputs)
+    parts = rows.double().abs().unflatten(-1, (-1, 32)).transpose(0, 1)
+    assert ((large.errors - small.errors).abs() <= 2 * EPS * (parts.mT @ parts)).all()
 
 
 @pytest.mark.parametrize("size", [32, 128])
@@ -148,7 +158,7 @@ def test_white_noise_costs_less_than_after_wush(size: int) -> None:
         assert abs(squares.mean().item() - expected) <= 5 * standard
         return squares.mean().item(), standard
 
-    mine, mine_off = measured(layer_aware(seen, gradients.float(), size, 0.003))
+    mine, mine_off = measured(layer_aware(moments_of(seen, gradients.float(), size), 0.003))
     wush, wush_off = measured(WUSH(damping=0.003).fit(seen, 0))
     assert mine + 5 * mine_off < wush - 5 * wush_off
 
@@ -189,8 +199,8 @@ def test_scales_are_the_best_of_four_for_each_block(
 ) -> None:
     """What the rounding of each MX block costs by the metric, over the sample."""
     rows = metric()
-    plain = layer_aware(site, rows, size, 0.003)
-    found = at_best_scale(plain, site, rows, scale)
+    plain = layer_aware(moments_of(site, rows, size), 0.003)
+    found = at_best_scale(plain, moments_of(site, rows, size), site.sample, scale)
     by = (found.matrices / plain.matrices).unflatten(-1, (-1, 32)).transpose(1, 2)
     factors = by.flatten(2).median(-1).values.flatten()  # where an entry is no rounding error
     allowed = torch.tensor([2.0**phase for phase in PHASES], dtype=torch.float64)
@@ -219,6 +229,6 @@ def test_scales_are_the_best_of_four_for_each_block(
 def test_inputs_that_are_zero_keep_their_scale(site: SiteStatistics) -> None:
     rows = metric()
     quiet = replace(site, sample=torch.zeros_like(site.sample))
-    plain = layer_aware(site, rows, 64, 0.003)
-    found = at_best_scale(plain, quiet, rows, ScaleRule.FLOOR)
+    plain = layer_aware(moments_of(site, rows, 64), 0.003)
+    found = at_best_scale(plain, moments_of(quiet, rows, 64), quiet.sample, ScaleRule.FLOOR)
     assert torch.equal(found.matrices, plain.matrices)

@@ -38,6 +38,7 @@ def place(
     seed: int = 0,
     damping: float = 0.01,
     phases: bool = True,
+    budget: int = 256,
 ) -> Place:
     assert seen.judgement is not None
     return Place(
@@ -47,6 +48,7 @@ def place(
         seed=seed,
         damping=damping,
         phases=phases,
+        budget=budget,
     )
 
 
@@ -291,9 +293,9 @@ def test_pairs_fit_the_second_to_what_the_first_leaves(
     assert seen.judgement is not None
     rows = seen.judgement.gradients
     before = first(place(seen, rows))
-    both = CANDIDATES[name](place(seen, rows))
+    both = CANDIDATES[name](place(seen, rows, budget=size))
     there = before.fuse(rows.double()).float()
-    alone = aware(place(seen.transformed(before), there), size)
+    alone = aware(place(seen.transformed(before), there, budget=size), size)
     assert both is not None
     assert alone is not None
     x = torch.randn(7, 256, dtype=torch.float64)

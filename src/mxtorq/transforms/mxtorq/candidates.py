@@ -7,8 +7,9 @@ blocks do not fill a width is not one there.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,13 @@ from mxtorq.transforms.chain import chain
 from mxtorq.transforms.duquant.method import DuQuantPlusPlus
 from mxtorq.transforms.hadamard import Hadamard, sylvester
 from mxtorq.transforms.hires.method import HiRes
-from mxtorq.transforms.mxtorq.layer_aware import at_best_scale, layer_aware, layer_smooth
+from mxtorq.transforms.mxtorq.layer_aware import (
+    Moments,
+    at_best_scale,
+    layer_aware,
+    layer_smooth,
+    moments_of,
+)
 from mxtorq.transforms.perq import PeRQ
 from mxtorq.transforms.rotation import BlockRotation, IdentityMethod
 from mxtorq.transforms.smoothquant import Sites, SmoothQuant
@@ -44,10 +51,21 @@ PAPERS: dict[str, TransformMethod] = {
 SIZES = (32, 64, 128, 256)
 """Blocks of the layer-aware transform."""
 
+_ROWS = 512  # of the metric that go through a step at once
+
+
+class Seen(NamedTuple):
+    """What layer-aware transforms are fitted to."""
+
+    moments: Moments
+    """In the largest blocks that any of them has there."""
+    sample: Float[Tensor, "sampled d"]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Place:
-    """A site as candidates see it, or what a transform makes of it."""
+    """A site as candidates see it. What several of them work with is made once, when the first
+    asks, and ends with the site."""
 
     statistics: SiteStatistics
     metric: Float[Tensor, "rows d"]
@@ -57,21 +75,40 @@ class Place:
     seed: int
     damping: float
     phases: bool
+    budget: int
+    """Multiply-adds that a token may cost, for each channel."""
+    _behind: dict[str, tuple[Transform, Seen]] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
         """Where the statistics are; methods may fit elsewhere."""
         return self.statistics.amax.device
 
-    def after(self, transform: Transform) -> "Place":
-        """The same site for whoever comes after a transform; weights are left as they are."""
-        seen = replace(
-            self.statistics,
-            second_moment=self.statistics.transformed_hessian(transform),
-            sample=transform.apply(self.statistics.sample),
-        )
-        metric = transform.fuse(self.metric.double()).float()
-        return replace(self, statistics=seen, metric=metric)
+    @cached_property
+    def plain(self) -> Seen:
+        """The inputs as they are."""
+        return self._seen(self.statistics, self.metric, SIZES)
+
+    def behind(self, step: str) -> tuple[Transform, Seen]:
+        """A step, and what is seen behind it; weights are left as they are."""
+        if step not in self._behind:
+            fit, sizes = STEPS[step]
+            first = fit(self).to(self.device)
+            statistics = replace(
+                self.statistics,
+                second_moment=self.statistics.transformed_hessian(first),
+                sample=first.apply(self.statistics.sample),
+            )
+            # Some rows at a time: all of them in float64 are 0.9 GB at a width of 14336.
+            parts = [first.fuse(rows.double()).float() for rows in self.metric.split(_ROWS)]
+            metric = torch.cat(parts)
+            self._behind[step] = first, self._seen(statistics, metric, sizes)
+        return self._behind[step]
+
+    def _seen(self, statistics: SiteStatistics, metric: Tensor, sizes: tuple[int, ...]) -> Seen:
+        width = statistics.width
+        fitting = [size for size in sizes if size <= self.budget and width % size == 0]
+        return Seen(moments_of(statistics, metric, max(fitting, default=BLOCK)), statistics.sample)
 
 
 def by_method(method: TransformMethod, place: Place) -> Transform | None:
@@ -81,12 +118,23 @@ def by_method(method: TransformMethod, place: Place) -> Transform | None:
 
 def aware(place: Place, size: int) -> Transform | None:
     """The layer-aware transform, at its best scale; None where blocks do not fill the width."""
+    return None if place.statistics.width % size else _aware(place, place.plain, size)
+
+
+def in_turn(step: str, size: int, place: Place) -> Transform | None:
+    """The layer-aware transform of what a step makes of the inputs."""
     if place.statistics.width % size:
         return None
-    found = layer_aware(place.statistics, place.metric, size, place.damping)
+    first, seen = place.behind(step)
+    return chain(first, _aware(place, seen, size))
+
+
+def _aware(place: Place, seen: Seen, size: int) -> Transform:
+    moments = seen.moments.within(size)
+    found = layer_aware(moments, place.damping)
     if not place.phases:
         return found
-    return at_best_scale(found, place.statistics, place.metric, place.activations)
+    return at_best_scale(found, moments, seen.sample, place.activations)
 
 
 def hires(place: Place) -> Transform:
@@ -112,13 +160,11 @@ def perq_order(place: Place) -> Transform:
     return PeRQ(rotate=False).fit(place.statistics, place.seed)
 
 
-def in_turn(first: Callable[[Place], Transform], size: int, place: Place) -> Transform | None:
-    """The layer-aware transform of what another makes of the inputs."""
-    if place.statistics.width % size:
-        return None
-    rest = first(place).to(place.device)
-    last = aware(place.after(rest), size)
-    return last if last is None else chain(rest, last)
+STEPS: dict[str, tuple[Callable[[Place], Transform], tuple[int, ...]]] = {
+    "torq-inter": (torq_inter, (32,)),
+    "perq-order": (perq_order, (32, 128)),
+}
+"""What mixes or moves whole blocks first, and the blocks of the layer-aware transforms behind."""
 
 
 CANDIDATES: dict[str, Callable[[Place], Transform | None]] = {
@@ -126,9 +172,11 @@ CANDIDATES: dict[str, Callable[[Place], Transform | None]] = {
     "hires": hires,
     "layer-smooth/hadamard": smoothed,
     **{f"layer-{size}": partial(aware, size=size) for size in SIZES},
-    "torq-inter/layer-32": partial(in_turn, torq_inter, 32),
-    "perq-order/layer-32": partial(in_turn, perq_order, 32),
-    "perq-order/layer-128": partial(in_turn, perq_order, 128),
+    **{
+        f"{step}/layer-{size}": partial(in_turn, step, size)
+        for step, (_, sizes) in STEPS.items()
+        for size in sizes
+    },
 }
 """All of them; a tie goes to the earlier, the simpler one."""
 

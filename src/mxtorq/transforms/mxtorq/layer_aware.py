@@ -23,6 +23,8 @@ the rounding. For each MX block the best of s = 1, 2^(1/4), 2^(1/2), 2^(3/4) on 
 multiplied into T, at no price at run time.
 """
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -40,20 +42,40 @@ PHASES = (0.0, 0.25, 0.5, 0.75)
 """Logarithms of the factors that are tried, to base 2."""
 
 
-def layer_aware(
-    statistics: SiteStatistics, metric: Tensor, size: int, damping: float
-) -> BlockMatrices:
-    """The transform of blocks of ``size``.
+class Moments(NamedTuple):
+    """Second moments within blocks of one size."""
+
+    inputs: Float64[Tensor, "blocks n n"]
+    """A, of the inputs."""
+    errors: Float64[Tensor, "blocks n n"]
+    """B, of the rows g: what an error of an input costs."""
+
+    def within(self, size: int) -> "Moments":
+        """Those of smaller blocks: they lie on the diagonals of these."""
+        return Moments(
+            *(torch.cat([diagonal_blocks(each, size) for each in side]) for side in self)
+        )
+
+
+def moments_of(statistics: SiteStatistics, metric: Float[Tensor, "rows d"], size: int) -> Moments:
+    """Both moments in blocks of ``size``, which divides the width.
 
     Args:
         statistics: of the site.
-        metric: rows g [rows, d]; an error e of an input costs the mean of (e g^T)^2.
-        size: a power of two that divides the width.
-        damping: part of the mean diagonal that is added to both second moments.
+        metric: rows g; an error e of an input costs the mean of (e g^T)^2.
+        size: of the blocks.
     """
-    inputs = damped(diagonal_blocks(statistics.hessian, size), damping)
-    matrices = equalize_moments(inputs, damped(block_moments(metric, size), damping))
-    return BlockMatrices(matrices @ sylvester(size).to(matrices.device))
+    inputs = diagonal_blocks(statistics.hessian, size).clone()  # not to keep what it is a view of
+    return Moments(inputs, block_moments(metric, size))
+
+
+def layer_aware(moments: Moments, damping: float) -> BlockMatrices:
+    """The transform in blocks of the moments' size.
+
+    ``damping`` is the part of the mean diagonal that is added to both.
+    """
+    matrices = equalize_moments(*(damped(side, damping) for side in moments))
+    return BlockMatrices(matrices @ sylvester(matrices.shape[-1]).to(matrices.device))
 
 
 def layer_smooth(
@@ -81,23 +103,23 @@ def block_moments(rows: Float[Tensor, "rows d"], size: int) -> Float64[Tensor, "
 
 
 def at_best_scale(
-    transform: BlockMatrices, statistics: SiteStatistics, metric: Tensor, scale: Scale
+    transform: BlockMatrices, moments: Moments, sample: Float[Tensor, "sampled d"], scale: Scale
 ) -> BlockMatrices:
     """The transform with the columns of each MX block multiplied by its best factor.
 
     Args:
         transform: of blocks of 32 or more.
-        statistics: with a sample of inputs.
-        metric: as in `layer_aware`.
+        moments: in the same blocks.
+        sample: inputs.
         scale: by which inputs will be rounded.
     """
-    values = transform.apply(statistics.sample)
+    values = transform.apply(sample)
     size = transform.matrices.shape[-1]
     back = torch.linalg.inv(transform.matrices)
-    whole = back @ block_moments(metric, size) @ back.mT
-    moments = torch.cat([diagonal_blocks(block) for block in whole]).float()
+    whole = back @ moments.errors @ back.mT
+    each = torch.cat([diagonal_blocks(block) for block in whole]).float()
     factors = torch.tensor([2.0**phase for phase in PHASES])
-    costs = torch.stack([_costs(values, float(f), moments, scale) for f in factors])
+    costs = torch.stack([_costs(values, float(f), each, scale) for f in factors])
     chosen = factors.to(costs.device)[costs.argmin(0)].double()  # the first of equals
     columns = chosen.repeat_interleave(BLOCK).view(-1, 1, size)
     return BlockMatrices(transform.matrices * columns)

@@ -18,12 +18,13 @@ made good in other columns and corrections, it leaves out for all candidates.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mxtorq.formats.spec import BLOCK
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.transforms.base import Judgement, SiteStatistics, Transform
+from mxtorq.transforms.congruence import panels
 
 ROWS = 128
 COLUMNS = 1024
@@ -49,16 +50,21 @@ class Losses:
         self._statistics, self._judgement = statistics, judgement
         self._metric = metric[evenly(len(metric), GRADIENTS).to(metric.device)].double()
         outputs = judgement.held_out @ self._metric.float().T
-        self._signal = float(outputs.double().square().mean())
+        self._signal = float(_mean_square(outputs))
+        blocks = evenly(statistics.width // BLOCK, COLUMNS // BLOCK)
+        columns = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
+        self._columns = columns.to(metric.device)
+        self._inputs: dict[Transform, Tensor] = {}  # rounded ones, in these columns
 
     def of_inputs(self, transform: Transform) -> float:
         """By the rounding of inputs."""
         values, rounded = self._operands(transform)
+        self._inputs[transform] = self._some(rounded)
         errors = rounded - values
         if self._judgement.corrected:
             errors = _unexplained(errors, values)
         outputs = errors @ transform.fuse(self._metric).float().T
-        return self._part(outputs.double().square().mean())
+        return self._part(_mean_square(outputs))
 
     def of_weights(self, transform: Transform) -> float:
         """By the rounding of weights."""
@@ -67,20 +73,32 @@ class Losses:
         if not len(some):
             return 0.0
         rows = some[evenly(len(some), ROWS).to(worth.device)]
-        blocks = evenly(transform.width // BLOCK, COLUMNS // BLOCK)
-        columns = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten().to(worth.device)
         weight = _rows(self._statistics.weights, rows).double()
-        weight = transform.fuse(weight)[:, columns].float()
+        weight = self._some(transform.fuse(weight)).float()
 
         def moment() -> Tensor:
-            whole = self._statistics.transformed_hessian(transform)
-            return whole[columns][:, columns]
+            # Of T^T H T, with H as symmetric as it is: first the columns, then the rows of these.
+            half = self._through(transform, self._statistics.hessian)
+            return self._through(transform, half.T.contiguous())
 
         wrong = self._judgement.rounded(weight, moment) - weight
-        outputs = self._operands(transform)[1][:, columns] @ wrong.T
-        part = (outputs.double().square().mean(0) * worth[rows]).sum()
-        whole = part * (worth.sum() / worth[rows].sum()) * (transform.width / len(columns))
+        inputs = self._inputs.get(transform)
+        if inputs is None:
+            inputs = self._some(self._operands(transform)[1])
+        outputs = inputs @ wrong.T
+        part = (outputs.double().square_().mean(0) * worth[rows]).sum()
+        of_rows = worth.sum() / worth[rows].sum()
+        whole = part * of_rows * (transform.width / len(self._columns))
         return self._part(whole)
+
+    def _some(self, values: Float[Tensor, "*rows d"]) -> Float[Tensor, "*rows some"]:
+        """The columns in which weights are rounded."""
+        every = values.shape[1] == len(self._columns)
+        return values.contiguous() if every else values[:, self._columns]
+
+    def _through(self, transform: Transform, rows: Float64[Tensor, "m d"]) -> Tensor:
+        """These columns of what a transform makes of rows, panel by panel."""
+        return torch.cat([self._some(transform.apply(rows[panel])) for panel in panels(len(rows))])
 
     def _operands(self, transform: Transform) -> tuple[Tensor, Tensor]:
         values = transform.online(self._judgement.held_out)
@@ -97,6 +115,11 @@ def evenly(total: int, most: int) -> Tensor:
     return (torch.arange(count) * total) // max(1, count)
 
 
+def _mean_square(outputs: Float[Tensor, "tokens rows"]) -> Float64[Tensor, ""]:
+    squares = outputs.double().square_()
+    return squares.mean()
+
+
 def _unexplained(errors: Tensor, values: Tensor) -> Tensor:
     """The part of errors that no fixed matrix within an MX block predicts from the values."""
     x, e = (part.unflatten(-1, (-1, BLOCK)).transpose(0, 1).double() for part in (values, errors))
@@ -105,7 +128,7 @@ def _unexplained(errors: Tensor, values: Tensor) -> Tensor:
     added = torch.where(level > 0, _RIDGE * level, 1.0)
     eye = torch.eye(BLOCK, dtype=x.dtype, device=x.device)
     maps = torch.linalg.solve(moments + added[:, None, None] * eye, x.mT @ e)
-    rest: Tensor = (e - x @ maps).float().transpose(0, 1)
+    rest: Tensor = e.sub_(x @ maps).float().transpose(0, 1)
     return rest.flatten(-2)
 
 

@@ -115,6 +115,7 @@ class MXTORQ(TransformMethod):
             seed=seed,
             damping=self.damping,
             phases=self.phases,
+            budget=self.budget,
         )
         found = {
             name: fit
