@@ -128,7 +128,7 @@ def test_moments_that_a_rounding_does_not_ask_for_end_with_the_fit(
 def test_a_correction_gets_the_moments_of_plain_and_rounded_inputs(
     method: str, tiny_folders: dict[str, Path], story: Path
 ) -> None:
-    recipe = settings(story, method, Spy(rounded=True, correcting=True))
+    recipe = settings(story, method, Spy(correcting=True))
     source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
     untouched = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
     windows = pipeline.calibrate(source, recipe)
@@ -150,9 +150,9 @@ def test_a_correction_gets_the_moments_of_plain_and_rounded_inputs(
         rows = rest[name].apply(statistics[name].sample)  # all 512 tokens
         after = mxfp4.fake_quantize(rows).double()
         rows = rows.double()
-        assert torch.equal(hessian, rounded)
         bound = 512 * torch.finfo(torch.float32).eps * (rows.T @ rows).diagonal().max() / len(rows)
-        assert (plain - rows.T @ rows / len(rows)).abs().max() <= bound, name
+        for moment in (plain, hessian):  # one block: the models are narrow
+            assert (moment - rows.T @ rows / len(rows)).abs().max() <= bound, name
         for found, expected in ((rounded, after.T @ after), (cross, rows.T @ after)):
             # An activation next to a cut may fall to its other side.
             assert (found - expected / len(rows)).norm() <= 1e-2 * found.norm(), name

@@ -5,7 +5,8 @@ the calibration text, and judges them on the last ones, an eighth of all, that n
 (`hold_out`). What an error is worth it reads off gradients (`calibration.gradients`), of the first
 batches where something is fitted to them, and of the last one where it is judged. When it has
 chosen, the moments of both parts are added up, so that weights are rounded by all tokens, and all
-of this costs one pass over the text, as for any method, and a backward pass over three batches.
+of this costs one pass over the text, as for any method, and a backward pass over two batches and a
+few windows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -82,23 +83,24 @@ def statistics_to_choose_by(
     Raises:
         ModelError: an activation or a gradient is NaN or Inf.
     """
+    last = sum(ranks.all_json(len(inputs))) - 1
+    capture = partial(capture_gradients, layer, sites, inputs, recipe.seed, ranks)
+    others = capture(batches=(last,), tokens=2 * GRADIENTS, weighs_outputs=False)
+    some = {
+        name: each.rows[evenly(len(each.rows), GRADIENTS).to(each.rows.device)]
+        for name, each in others.items()
+    }
+    del others  # the moments below are what takes memory
+    gradients = capture(batches=range(min(BATCHES, last)))
     held_out = hold_out(inputs, ranks)
     pairs = capture_split(layer, sites, inputs, recipe.seed, held_out, ranks)
-    last = sum(ranks.all_json(len(inputs))) - 1
-    gradients = capture_gradients(
-        layer, sites, inputs, recipe.seed, ranks, batches=range(min(BATCHES, last))
-    )
-    others = capture_gradients(
-        layer, sites, inputs, recipe.seed, ranks, batches=(last,), weighs_outputs=False
-    )
     seen = {}
     for name, (first, final) in pairs.items():
-        found, rows = gradients.pop(name), others.pop(name).rows
         judgement = Judgement(
             held_out=final.sample,
-            gradients=found.rows,
-            held_out_gradients=rows[evenly(len(rows), GRADIENTS).to(rows.device)],
-            output_weights=found.output_weights,
+            gradients=gradients[name].rows,
+            held_out_gradients=some[name],
+            output_weights=gradients[name].output_weights,
             activations=recipe.activation_rule,
             corrected=recipe.rounding.corrects_inputs,
             rounded=partial(_rounded, recipe),

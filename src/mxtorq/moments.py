@@ -2,9 +2,9 @@
 
 A rounding asks for a Hessian when it comes to a site, and it ends with that, so that one site's
 matrices are in memory beside those that still wait. Which moments there are is the rounding's
-choice: of plain inputs, which calibration has summed up already; of rounded ones, in one more pass
-over the layer; or of both and across, from which weights are corrected for what rounding does to
-inputs (`rounding.correction`).
+choice: of plain inputs, which calibration has summed up already, or of rounded ones, in one more
+pass over the layer. A pass is also what it takes to correct weights for what rounding does to
+inputs (`rounding.correction`), with moments within blocks of channels alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,25 +14,28 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mxtorq.calibration.capture import LayerInput, Pair, capture_hessians, capture_pairs
+from mxtorq.calibration.capture import LayerInput, capture_hessians, capture_pairs
 from mxtorq.calibration.experts import ExpertInputs
+from mxtorq.calibration.statistics import Pair
 from mxtorq.config import Recipe
 from mxtorq.formats.scales import Scale
 from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.models.family import Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.rounding.base import Rounding
+from mxtorq.rounding.correction import WITHIN
 from mxtorq.sharing import Group
 from mxtorq.transforms.base import SiteStatistics, Transform
 
 
 class Moments(NamedTuple):
-    """Of a site's transformed inputs; each may be asked for once."""
+    """Of a site's transformed inputs."""
 
     hessian: Callable[[], Tensor]
-    """The second moment that a rounding works with."""
-    correction: Callable[[], Tensor] | None = None
-    """What transformed weights are multiplied with beforehand, asked for before ``hessian``."""
+    """The second moment that a rounding works with; may be asked for once."""
+    correction: Callable[[], Sequence[Tensor]] | None = None
+    """What transformed weights are multiplied with beforehand, block by block; asked for before
+    ``hessian``."""
 
 
 def needs_hessians(recipe: Recipe) -> bool:
@@ -62,21 +65,20 @@ def rounding_moments_(
             statistics[name], second_moment=seen.second_moment if keeps else None
         )
     plain = {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
-    if not rounding.sees_rounded_inputs:
-        return {name: Moments(plain[name]) for name in sites}
     scale = recipe.activation_rule
-    if not rounding.corrects_inputs:
+    if rounding.sees_rounded_inputs:
         rounded = capture_hessians(layer, sites, inputs, _after(transforms, scale), ranks)
         return {name: Moments(partial(rounded.pop, name)) for name in sites}
+    if not rounding.corrects_inputs:
+        return {name: Moments(plain[name]) for name in sites}
     both = {name: partial(_both, each, scale) for name, each in transforms.items()}
-    pairs = capture_pairs(layer, sites, inputs, both, ranks)
-    return {
-        name: Moments(
-            partial(_take_rounded_, pairs, name),
-            partial(_correction, rounding, plain[name], pairs, name),
-        )
-        for name in sites
-    }
+    pairs = capture_pairs(layer, sites, inputs, WITHIN, both, ranks)
+    found = {}
+    for name in sites:
+        hessian = _Kept(plain[name])
+        correct = partial(_corrections, rounding, hessian.look, pairs[name])
+        found[name] = Moments(hessian.take, correct)
+    return found
 
 
 def expert_moments(
@@ -125,7 +127,7 @@ def groups_of(
 
 def _rounds_by_plain(rounding: Rounding) -> bool:
     """Whether a rounding asks for the second moment of the inputs before their rounding."""
-    return rounding.needs_hessian and (rounding.corrects_inputs or not rounding.sees_rounded_inputs)
+    return rounding.needs_hessian and not rounding.sees_rounded_inputs
 
 
 def _before(transforms: Mapping[str, Transform]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -161,14 +163,28 @@ def _take_hessian_(
     return statistics.pop(name).transformed_hessian(transform, overwrite=True)
 
 
-def _take_rounded_(pairs: dict[str, Pair], name: str) -> Tensor:
-    return pairs.pop(name).hessian
+class _Kept:
+    """A matrix that is made when it is looked at, and let go of when it is taken."""
+
+    def __init__(self, make: Callable[[], Tensor]) -> None:
+        self._make, self._made = make, list[Tensor]()
+
+    def look(self) -> Tensor:
+        if not self._made:
+            self._made.append(self._make())
+        return self._made[0]
+
+    def take(self) -> Tensor:
+        self.look()
+        return self._made.pop()
 
 
-def _correction(
-    rounding: Rounding,
-    plain: Callable[[], Tensor],
-    pairs: Mapping[str, Pair],
-    name: str,
-) -> Tensor:
-    return rounding.correction(plain(), *pairs[name])
+def _corrections(
+    rounding: Rounding, hessian: Callable[[], Tensor], pairs: Sequence[Pair]
+) -> list[Tensor]:
+    moment = hessian()
+    spans = [slice(at, at + WITHIN) for at in range(0, len(moment), WITHIN)]
+    return [
+        rounding.correction(moment[span, span], *pair)
+        for span, pair in zip(spans, pairs, strict=True)
+    ]

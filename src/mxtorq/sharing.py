@@ -6,7 +6,7 @@ kind and their tensors, as a checkpoint stores them; a kind that checkpoints do 
 the caller's own, and is chosen anew by each rank, which gives the same.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class Group(NamedTuple):
     """Gives the second moment of what they see, transformed."""
     sample: Tensor
     """Some of what they see."""
-    correction: Callable[[], Tensor] | None = None
+    correction: Callable[[], Sequence[Tensor]] | None = None
     """Gives what their transformed weights are multiplied with before they are rounded; asked
     before ``hessian``."""
 

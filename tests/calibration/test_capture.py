@@ -90,18 +90,42 @@ def test_pairs_are_the_moments_before_and_after_a_change(monkeypatch: pytest.Mon
     both = {
         name: lambda values: (2.0 * values, values.flip(-1).round(decimals=1)) for name in sites
     }
-    found = capture_pairs(layer, sites, inputs, both)
+    found = capture_pairs(layer, sites, inputs, 40, both)
     for name in sites:
         x = plain[name].sample  # all of the 128 tokens
         one, two = 2.0 * x.double(), x.flip(-1).round(decimals=1).double()
-        # Float32 sums of at most 128 products: each off by so much of the sum of magnitudes.
-        bound = 129 * 2.0**-24 * (one.abs().T @ two.abs()) / len(x)
-        assert ((found[name].cross - one.T @ two / len(x)).abs() <= bound).all()
-        bound = 129 * 2.0**-24 * (two.abs().T @ two.abs()) / len(x)
-        assert ((found[name].hessian - two.T @ two / len(x)).abs() <= bound).all()
-        assert not torch.allclose(
-            found[name].cross, found[name].cross.T
-        )  # the sides are told apart
+        sides = [len(pair.cross) for pair in found[name]]
+        assert sides == [40] * (x.shape[1] // 40) + [x.shape[1] % 40]
+        for pair, a, b in zip(found[name], one.split(40, 1), two.split(40, 1), strict=True):
+            for moment, left, right in zip(pair, (b, a), (b, b), strict=True):
+                # Float32 sums of at most 128 products: each off by so much of the magnitudes' sum.
+                bound = 129 * 2.0**-24 * (left.abs().T @ right.abs()) / len(x)
+                assert ((moment - left.T @ right / len(x)).abs() <= bound).all()
+            assert not torch.allclose(pair.cross, pair.cross.T)  # the sides are told apart
+
+
+def test_pairs_that_became_infinite_are_refused() -> None:
+    family, model = FAMILIES["llama"], tiny_models.build("llama")
+    layer = model.get_submodule(f"{family.layers}.0")
+    sites = {site.name: site for site in family.sites}
+    inputs = first_layer_inputs(model, family, tiny_models.tokens(4, 32))
+    both = {name: lambda values: (values, values / 0.0) for name in sites}
+    with pytest.raises(ModelError, match="NaN or Inf within its tokens 0 to"):
+        capture_pairs(layer, sites, inputs, 64, both)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_a_part_of_a_batch_is_that_of_its_first_windows(name: str) -> None:
+    family, model = FAMILIES[name], tiny_models.build(name)
+    layer = model.get_submodule(f"{family.layers}.0")
+    ids = tiny_models.tokens(8, 8)  # as many windows as positions: what has a row for each is told
+    (whole,) = first_layer_inputs(model, family, ids)
+    (few,) = first_layer_inputs(model, family, ids[:3])
+    part = whole.first(3)
+    assert torch.equal(part.hidden, few.hidden)
+    assert str(part.arguments) == str(few.arguments)
+    outputs = [layer(item.hidden, **item.arguments) for item in (part, few)]
+    assert torch.equal(*(each[0] if isinstance(each, tuple) else each for each in outputs))
 
 
 def test_no_hook_stays_behind() -> None:

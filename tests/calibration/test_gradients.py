@@ -197,6 +197,21 @@ def test_only_the_first_batches_count() -> None:
         assert torch.equal(each.output_weights, some[name].output_weights)
 
 
+@pytest.mark.parametrize(("tokens", "windows"), [(None, 3), (24, 2), (35, 2), (1, 1)])
+def test_some_tokens_of_a_batch_are_its_first_windows(tokens: int | None, windows: int) -> None:
+    family, model = UNBOUND["qwen3"], tiny_models.build("qwen3")
+    layer, sites, _ = first(family, model)
+    ids = tiny_models.tokens(3, 12)
+    whole = first_layer_inputs(model, family, ids)
+    few = first_layer_inputs(model, family, ids[:windows])
+    found = capture_gradients(layer, sites, whole, 0, tokens=tokens)
+    expected = capture_gradients(layer, sites, few, 0)
+    for name in sites:
+        assert found[name].rows.shape == expected[name].rows.shape
+        # The same windows and directions; products of more rows may be summed in another order.
+        assert torch.allclose(found[name].rows, expected[name].rows, rtol=1e-4, atol=1e-6)
+
+
 def test_outputs_are_looked_at_where_they_are_asked_for() -> None:
     family = tiny_models.FAMILIES["llama"]
     layer, sites, inputs = first(family, tiny_models.build("llama"))

@@ -7,7 +7,7 @@ from torch import Tensor
 from mxtorq.errors import FormatError, UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.kernels.dispatch import fake_quantize
-from mxtorq.rounding.correction import correct_, correction
+from mxtorq.rounding.correction import WITHIN, correct_, correction
 from mxtorq.rounding.gptq import GPTQ, Inputs
 
 TOKENS, WIDTH = 4096, 64
@@ -121,12 +121,22 @@ def test_a_large_ridge_leaves_weights_alone_and_unseen_channels_are_harmless() -
     assert torch.equal(correction(*zeros, ridge=1e-3, coherence=3.0), torch.eye(WIDTH).double())
 
 
-def test_weights_are_corrected_in_float64_some_rows_at_a_time() -> None:
+@pytest.mark.parametrize("width", [32, WITHIN, 2 * WITHIN + 96])
+def test_weights_are_corrected_in_float64_block_by_block(width: int) -> None:
     draw = torch.Generator().manual_seed(9)
-    weights, matrix = torch.randn(700, 32, generator=draw), torch.randn(32, 32, generator=draw)
-    expected = torch.cat([(w.double() @ matrix.double()).float() for w in weights.split(512)])
-    correct_(weights, matrix.double())
-    assert torch.equal(weights, expected)
+    weights = torch.randn(70, width, generator=draw)
+    sides = [min(WITHIN, width - start) for start in range(0, width, WITHIN)]
+    matrices = [torch.randn(side, side, generator=draw).double() for side in sides]
+    matrix = torch.block_diag(*matrices)
+    expected, sizes = weights.double() @ matrix, weights.abs().double() @ matrix.abs()
+    correct_(weights, matrices)
+    # To float32 once, from sums in float64 whose error is far below 2^-40 of their magnitudes.
+    assert ((weights - expected).abs() <= 2.0**-24 * expected.abs() + 2.0**-40 * sizes).all()
+
+
+def test_a_correction_needs_a_matrix_for_each_block() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        correct_(torch.randn(4, WITHIN + 32), [torch.eye(WITHIN, dtype=torch.float64)])
 
 
 def test_moments_of_nothing_real_are_refused() -> None:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
 from mxtorq.calibration.statistics import (
+    Pair,
     PairAccumulator,
     SiteAccumulator,
     SplitAccumulator,
@@ -24,7 +25,7 @@ from mxtorq.models.family import Family, Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.transforms.base import SiteStatistics
 
-_Accumulator = TypeVar("_Accumulator", bound=SiteAccumulator | SplitAccumulator)
+_Accumulator = TypeVar("_Accumulator", bound=SiteAccumulator | SplitAccumulator | PairAccumulator)
 
 BATCH_TOKENS = 4096
 """Tokens a forward pass works on, at least one window."""
@@ -43,6 +44,10 @@ class LayerInput:
     def tokens(self) -> int:
         """How many they are of."""
         return self.hidden.shape[:-1].numel()
+
+    def first(self, windows: int) -> "LayerInput":
+        """The same of the first windows alone, which other arguments do not tell apart."""
+        return LayerInput(self.hidden[:windows], _cut(self.arguments, len(self.hidden), windows))
 
 
 class _Stop(Exception):
@@ -119,6 +124,18 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
         return len(one) == len(other) and all(map(_same, one, other))
     return one is other or bool(one == other)
+
+
+def _cut(value: Any, count: int, windows: int) -> Any:
+    """What has a row for each of ``count`` windows, all of them alike, with fewer rows."""
+    if isinstance(value, Tensor):
+        of_each = value.ndim > 1 and len(value) == count
+        return value[:windows] if of_each and bool((value == value[:1]).all()) else value
+    if isinstance(value, dict):
+        return {key: _cut(each, count, windows) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cut(each, count, windows) for each in value)
+    return value
 
 
 @torch.no_grad()
@@ -207,24 +224,17 @@ def capture_hessians(
     return {name: accumulator.take_hessian() for name, accumulator in accumulators.items()}
 
 
-class Pair(NamedTuple):
-    """What became of a site's inputs."""
-
-    hessian: Float64[Tensor, "d d"]
-    """The second moment of the rounded ones."""
-    cross: Float64[Tensor, "d d"]
-    """E[x^T x^] of plain and rounded ones."""
-
-
 @torch.no_grad()
 def capture_pairs(
     layer: nn.Module,
     sites: dict[str, Site],
     inputs: Sequence[LayerInput],
+    size: int,
     both: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
     ranks: Ranks = SOLO,
-) -> dict[str, Pair]:
-    """Both moments of the two things that a function of each site makes of its inputs.
+) -> dict[str, list[Pair]]:
+    """The moments of the two things that a function of each site makes of its inputs, in blocks of
+    ``size`` channels; the last block has what is left.
 
     Raises:
         ModelError: an activation is NaN or Inf.
@@ -233,12 +243,10 @@ def capture_pairs(
         layer,
         sites,
         inputs,
-        lambda name, width, _: PairAccumulator(name, width, both[name], ranks),
+        lambda name, width, _: PairAccumulator(name, width, size, both[name], ranks),
         ranks,
     )
-    return {
-        name: Pair(each.take_hessian(), each.take_cross()) for name, each in accumulators.items()
-    }
+    return {name: accumulator.finish() for name, accumulator in accumulators.items()}
 
 
 def reader_weights(layer: nn.Module, site: Site) -> tuple[Tensor, ...]:

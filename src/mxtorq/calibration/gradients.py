@@ -48,6 +48,7 @@ def capture_gradients(
     ranks: Ranks = SOLO,
     *,
     batches: Container[int] = range(BATCHES),
+    tokens: int | None = None,
     weighs_outputs: bool = True,
 ) -> dict[str, SiteGradients]:
     """The gradients of a layer's output along random directions, at each site.
@@ -59,6 +60,7 @@ def capture_gradients(
         seed: of the directions, which are those of a batch whoever computes it.
         ranks: who shares the work.
         batches: the numbers of those that count, among the batches of all ranks.
+        tokens: of a batch, in whole windows and at least one; all unless given.
         weighs_outputs: whether to look at the outputs of linears too.
 
     Raises:
@@ -71,7 +73,8 @@ def capture_gradients(
     heard = {name: site.linears if weighs_outputs else () for name, site in sites.items()}
     for number, item in mine:
         draw = torch.Generator().manual_seed(seed + number)
-        at_inputs, at_outputs = _backward(layer, sites, heard, item, draw)
+        some = item if tokens is None else item.first(max(1, tokens // item.hidden.shape[1]))
+        at_inputs, at_outputs = _backward(layer, sites, heard, some, draw)
         for name in sites:
             rows[name].append(at_inputs[name])
             squares[name].append(at_outputs[name])

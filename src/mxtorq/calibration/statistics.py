@@ -27,6 +27,7 @@ the Hessian only: the others stay zero, and adding zeros is exact.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Float32, Float64
@@ -85,21 +86,11 @@ class SiteAccumulator:
             ModelError: one of them is NaN or Inf.
         """
         rows = inputs.flatten(0, -2)
-        amax = channel_amax(rows)
-        if not bool(torch.isfinite(amax).all()):  # a maximum keeps both
-            raise ModelError(
-                asked=f"the calibration activations of {self._site}",
-                found=f"NaN or Inf within its tokens {self._next} to {self._next + len(rows) - 1}",
-                why="nothing can be fitted to them, and the model itself is broken from here on",
-                todo="evaluate the unquantized model first; an overflow in its original dtype or a "
-                "damaged weight before this site are the usual causes",
-            )
+        amax = _finite_amax(rows, self._site, self._next)
         self._sum, self._amax = self._sum.to(rows.device), self._amax.to(rows.device)
         self._amax = torch.maximum(self._amax, amax.float())
         if len(self._sum):
-            wide = rows.double() if float(amax.max()) > _LARGE else rows
-            for part in wide.split(TOKENS_AT_ONCE):
-                part = part if part.dtype == torch.float64 else part.float()
+            for part in _summands(rows, amax):
                 add_products_(self._sum, part, self._panels)
         positions = self._positions - self._next
         positions = positions[(positions >= 0) & (positions < len(rows))]
@@ -183,39 +174,94 @@ class SplitAccumulator:
         return self._first.finish(name, weights), self._last.finish(name, weights)
 
 
-class PairAccumulator(SiteAccumulator):
-    """Collects what inputs are before and after their rounding: the second moment of the rounded
-    ones, and the cross moment of both."""
+class Pair(NamedTuple):
+    """Second moments of inputs x^ that were x before a change, within a block of channels."""
+
+    rounded: Float64[Tensor, "n n"]
+    """E[x^^T x^]."""
+    cross: Float64[Tensor, "n n"]
+    """E[x^T x^]: the plain inputs' channels down the rows."""
+
+
+class PairAccumulator:
+    """Collects what inputs are before and after a change, block by block of their channels."""
 
     def __init__(
         self,
         site: str,
         width: int,
+        size: int,
         both: Callable[[Tensor], tuple[Tensor, Tensor]],
         ranks: Ranks = SOLO,
     ) -> None:
-        """``both`` gives them from the inputs as they come, in float32."""
-        super().__init__(site, width, 0, 0, ranks=ranks)
-        self._both = both
-        self._cross = torch.zeros(width, width, dtype=torch.float64)
+        """Blocks of ``size`` channels, the last one of what is left; ``both`` gives inputs before
+        and after from inputs as they come, in float32."""
+        self._site, self._size, self._both, self._ranks = site, size, both, ranks
+        self._seen = self._next = 0
+        sides = [min(size, width - start) for start in range(0, width, size)]
+        self._sums = [torch.zeros(2, side, side, dtype=torch.float64) for side in sides]
+        owners = shares(sides, ranks.size if ranks.exact else 1)
+        mine = ranks.rank if ranks.exact else 0
+        self._mine = [owner == mine for owner in owners]
+
+    def seek(self, position: int) -> None:
+        """What is added next stands there in the text."""
+        self._next = position
 
     def add(self, inputs: Float[Tensor, "*tokens d"]) -> None:
+        """Take in the next tokens' inputs.
+
+        Raises:
+            ModelError: one of them is NaN or Inf after the change.
+        """
         before, after = self._both(inputs.flatten(0, -2))
-        super().add(after)
-        self._cross = self._cross.to(after.device)
-        parts = zip(before.split(TOKENS_AT_ONCE), after.split(TOKENS_AT_ONCE), strict=True)
-        for plain, rounded in parts:
-            for panel in self._panels:
-                self._cross[panel] += plain[:, panel].T @ rounded
+        amax = channel_amax(before).maximum(_finite_amax(after, self._site, self._next))
+        self._sums = [sums.to(after.device) for sums in self._sums]
+        for rows in zip(_summands(before, amax), _summands(after, amax), strict=True):
+            blocks = zip(*(side.split(self._size, 1) for side in rows), strict=True)
+            for sums, mine, (x, y) in zip(self._sums, self._mine, blocks, strict=True):
+                if mine:
+                    for total, left in zip(sums, (y, x), strict=True):
+                        total += left.T @ y
+        self._seen += len(after)
+        self._next += len(after)
 
     def join_(self) -> None:
-        super().join_()
-        self._cross = self._ranks.sum_(self._cross)
+        """As `SiteAccumulator.join_`."""
+        every = self._ranks.sum_(torch.cat([sums.flatten() for sums in self._sums]))
+        parts = every.split([sums.numel() for sums in self._sums])
+        self._sums = [part.view_as(sums) for part, sums in zip(parts, self._sums, strict=True)]
+        if self._ranks.size > 1 and not self._ranks.exact:
+            self._seen = sum(self._ranks.all_json(self._seen))
 
-    def take_cross(self) -> Float64[Tensor, "d d"]:
-        """E[x^T x^], the plain inputs' channels down the rows. It ends here."""
-        moment, self._cross = self._cross, self._cross.new_empty(0, 0)
-        return moment.div_(self._seen)
+    def finish(self) -> list[Pair]:
+        """The moments of everything that was added, block by block."""
+        return [Pair(*(sums / self._seen)) for sums in self._sums]
+
+
+def _finite_amax(rows: Float[Tensor, "tokens d"], site: str, start: int) -> Float[Tensor, " d"]:
+    """The largest magnitude of each channel.
+
+    Raises:
+        ModelError: one is NaN or Inf.
+    """
+    amax = channel_amax(rows)
+    if not bool(torch.isfinite(amax).all()):  # a maximum keeps both
+        raise ModelError(
+            asked=f"the calibration activations of {site}",
+            found=f"NaN or Inf within its tokens {start} to {start + len(rows) - 1}",
+            why="nothing can be fitted to them, and the model itself is broken from here on",
+            todo="evaluate the unquantized model first; an overflow in its original dtype or a "
+            "damaged weight before this site are the usual causes",
+        )
+    return amax
+
+
+def _summands(rows: Float[Tensor, "tokens d"], amax: Float[Tensor, " d"]) -> Iterator[Tensor]:
+    """Rows that are multiplied at once, in float64 where a square could leave float32."""
+    wide = rows.double() if float(amax.max()) > _LARGE else rows
+    for part in wide.split(TOKENS_AT_ONCE):
+        yield part if part.dtype == torch.float64 else part.float()
 
 
 def channel_amax(rows: Float[Tensor, "tokens d"]) -> Float[Tensor, " d"]:

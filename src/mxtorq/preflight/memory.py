@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from mxtorq.calibration.gradients import BATCHES
 from mxtorq.preflight.job import BF16, Job, SiteSizes
 from mxtorq.reports.needs import Budget
+from mxtorq.rounding.correction import WITHIN
+from mxtorq.transforms.mxtorq.loss import GRADIENTS
 
 _DOUBLE, _FLOAT = 8, 4
 _READING = 2**22 * 12
@@ -87,21 +89,20 @@ def phases(job: Job, keep_activations: bool) -> list[Phase]:
             host={} if job.whole else {"a tensor while it is read": _READING},
         ),
         Phase(
+            name="gradients of a layer",
+            compute=layers
+            | kept
+            | batch
+            | {"gradients": gradients(job), "a backward pass": backward(job)},
+        ),
+        Phase(
             name="calibrating a layer",
             compute=layers
             | kept
             | batch
             | {"a forward pass": forward(job) + widened(job) + products(job)}
-            | {"second moments": moments(job)},
+            | {"second moments": moments(job), "gradients": gradients(job)},
             host={} if job.whole else {"a tensor while it is read": reads(job)},
-        ),
-        Phase(
-            name="gradients of a layer",
-            compute=layers
-            | kept
-            | batch
-            | {"second moments": moments(job)}
-            | {"gradients": gradients(job), "a backward pass": backward(job)},
         ),
         Phase(
             name="fitting a layer",
@@ -202,18 +203,22 @@ def dequantized(job: Job) -> int:
 
 
 def moments(job: Job) -> int:
-    """The Hessian of each site of a layer: 8 d^2. A rounding that corrects weights for what it
-    does to inputs has that of plain inputs, of rounded ones and across: three times that. A method
-    that chooses has one of the text that it fits to and one of the text that it judges by."""
-    each = 3 if job.recipe.rounding.corrects_inputs else 2 if job.recipe.method.chooses else 1
-    return each * sum(_DOUBLE * site.width**2 for site in job.sites) if job.hessians else 0
+    """The Hessian of each site of a layer: 8 d^2. A method that chooses has one of the text that
+    it fits to and one of the text that it judges by. A rounding that corrects weights for what it
+    does to inputs has two moments more within blocks of 256 channels."""
+    each = 2 if job.recipe.method.chooses else 1
+    blocks = 2 * WITHIN if job.recipe.rounding.corrects_inputs else 0
+    numbers = sum((each * site.width + blocks) * site.width for site in job.sites)
+    return _DOUBLE * numbers if job.hessians else 0
 
 
 def gradients(job: Job) -> int:
     """For a method that chooses, the gradients at each site's inputs of some batches, in float32:
-    a row of each token, or of each that goes to an expert."""
-    tokens = min((BATCHES + 1) * job.batch, job.tokens) if job.recipe.method.chooses else 0
-    return _FLOAT * tokens * sum(site.width * site.passes for site in job.sites)
+    a row of each token, or of each that goes to an expert; and some of those held out."""
+    if not job.recipe.method.chooses:
+        return 0
+    tokens = min(BATCHES * job.batch, job.tokens)
+    return _FLOAT * sum((tokens * site.passes + GRADIENTS) * site.width for site in job.sites)
 
 
 def backward(job: Job) -> int:
@@ -252,8 +257,6 @@ def rounding(job: Job, site: SiteSizes) -> int:
     if not job.recipe.rounding.needs_hessian:
         return own
     copies = 2 * _FLOAT + (_DOUBLE if site.experts else 0)
-    if job.recipe.rounding.corrects_inputs:  # before the triangles: a system, its factor, a target
-        copies = max(copies, 4 * _DOUBLE)
     return own + copies * site.width**2 + site.width**2 // 4 + 12 * min(_CHUNK, site.stacked)
 
 

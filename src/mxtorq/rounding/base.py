@@ -34,12 +34,13 @@ class Rounding(ABC):
 
     def correction(
         self,
-        plain: Float64[Tensor, "d d"],
-        rounded: Float64[Tensor, "d d"],
-        cross: Float64[Tensor, "d d"],
-    ) -> Float64[Tensor, "d d"]:
-        """What transformed weights are multiplied with, so that outputs from rounded inputs are
-        near those from plain ones; the arguments are those of `rounding.correction`."""
+        plain: Float64[Tensor, "n n"],
+        rounded: Float64[Tensor, "n n"],
+        cross: Float64[Tensor, "n n"],
+    ) -> Float64[Tensor, "n n"]:
+        """What a block of columns of transformed weights is multiplied with, so that outputs from
+        rounded inputs are near those from plain ones; arguments as those of `rounding.correction`.
+        """
         raise NotImplementedError
 
     @property

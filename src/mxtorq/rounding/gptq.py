@@ -65,8 +65,8 @@ class GroupScales(StrEnum):
 
 
 class Inputs(StrEnum):
-    """Which inputs the Hessian is of: as they are, or after their own rounding to MXFP4; corrected
-    is rounded, for weights that were fitted to it beforehand (`correction`)."""
+    """Which inputs the Hessian is of: as they are, or after their own rounding to MXFP4. Corrected
+    is as they are, for weights that were fitted to rounded ones beforehand (`correction`)."""
 
     PLAIN = "plain"
     ROUNDED = "rounded"
@@ -149,7 +149,7 @@ class GPTQ(Rounding):
 
     @property
     def sees_rounded_inputs(self) -> bool:
-        return self.inputs is not Inputs.PLAIN
+        return self.inputs is Inputs.ROUNDED
 
     @property
     def corrects_inputs(self) -> bool:
@@ -157,10 +157,10 @@ class GPTQ(Rounding):
 
     def correction(
         self,
-        plain: Float64[Tensor, "d d"],
-        rounded: Float64[Tensor, "d d"],
-        cross: Float64[Tensor, "d d"],
-    ) -> Float64[Tensor, "d d"]:
+        plain: Float64[Tensor, "n n"],
+        rounded: Float64[Tensor, "n n"],
+        cross: Float64[Tensor, "n n"],
+    ) -> Float64[Tensor, "n n"]:
         return correction(plain, rounded, cross, ridge=self.ridge, coherence=self.coherence)
 
     def check(self, scale: Scale) -> None:

@@ -40,7 +40,7 @@ PAPERS: dict[str, TransformMethod] = {
     "identity": IdentityMethod(),
     "smoothquant": SmoothQuant(sites=Sites.ALL),
     "hadamard": Hadamard(),
-    "torq": TORQ(blocks=2048),
+    "torq": TORQ(blocks=1024),
     "duquant++": DuQuantPlusPlus(),
     "perq": PeRQ(),
     "wush": WUSH(),

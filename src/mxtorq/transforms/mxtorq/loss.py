@@ -26,10 +26,12 @@ from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.transforms.base import Judgement, SiteStatistics, Transform
 from mxtorq.transforms.congruence import panels
 
-ROWS = 128
-COLUMNS = 1024
+TOKENS = 512
+"""Held-out inputs that are rounded, evenly spread."""
 GRADIENTS = 512
 """Rows of the metric that errors are judged by, evenly spread."""
+ROWS = 64
+COLUMNS = 512
 _RIDGE = 1e-3
 
 
@@ -49,7 +51,9 @@ class Losses:
         """
         self._statistics, self._judgement = statistics, judgement
         self._metric = metric[evenly(len(metric), GRADIENTS).to(metric.device)].double()
-        outputs = judgement.held_out @ self._metric.float().T
+        inputs = judgement.held_out
+        self._held_out = inputs[evenly(len(inputs), TOKENS).to(inputs.device)]
+        outputs = self._held_out @ self._metric.float().T
         self._signal = float(_mean_square(outputs))
         blocks = evenly(statistics.width // BLOCK, COLUMNS // BLOCK)
         columns = (blocks[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
@@ -101,7 +105,7 @@ class Losses:
         return torch.cat([self._some(transform.apply(rows[panel])) for panel in panels(len(rows))])
 
     def _operands(self, transform: Transform) -> tuple[Tensor, Tensor]:
-        values = transform.online(self._judgement.held_out)
+        values = transform.online(self._held_out)
         return values, fake_quantize(values, self._judgement.activations)
 
     def _part(self, loss: Tensor) -> float:
