@@ -5,11 +5,13 @@
 For each profile of outliers in each record: the loss of perplexity over the unquantized model and
 the KL of both rows, mean and standard deviation over seeds, and the ratio of the means. The
 interval of a ratio is the bootstrap's, at 95 %: the windows of the text are drawn again, the same
-for both rows, and the seeds of each. With few seeds it is rather too narrow.
+for both rows, and the seeds of each. It is of percentiles, unlike that of a difference in the tables
+of `compare`: a ratio has no standard error of its own to divide by. With few seeds it is too narrow.
 """
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -43,10 +45,15 @@ def pairs(path: Path, names: tuple[str, str], rule: str) -> list[Pair]:
             [r for r in here if f"{r.method}/{r.rounding}" == name and r.rules == rule]
             for name in names
         )
-        require_paired([baseline, *first, *second])
         if first and second:
+            for figure in ("nll", "kl"):
+                require_paired([*first, *second], figure)
+            require_paired([baseline, *first])
             title = f"{path.stem}, {baseline.outliers or 'none'}"
             found.append(Pair(title, baseline, (first, second)))
+    if not found:
+        rows = sorted({f"{row.method}/{row.rounding}" for row in results.rows})
+        sys.exit(f"{path} has no pair of {names[0]} and {names[1]} under {rule}, but {rows}")
     return found
 
 
@@ -84,6 +91,8 @@ def cells(pair: Pair, figure: str) -> tuple[list[str], float]:
     """Both losses and the ratio as the table has them, and the ratio."""
     both = [loss(losses(rows, pair.baseline, figure), figure).tolist() for rows in pair.rows]
     scale, unit = (100, " %") if figure == "nll" else (1, "")
+    if fmean(both[0]) <= 0:
+        sys.exit(f"{pair.name}: the first row loses nothing, so there is no part of its loss")
     digits = max(2, 2 - math.floor(math.log10(scale * 1.01 * fmean(both[0]))))
     shown = [
         f"{scale * fmean(each):.{digits}f}"

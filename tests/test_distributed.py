@@ -17,11 +17,12 @@ import psutil
 import pytest
 import torch
 
-from mxtorq import pipeline
+from mxtorq import moments, pipeline
 from mxtorq.calibration import capture
 from mxtorq.config import Recipe, parse_method, parse_rounding
 from mxtorq.errors import OutputError, RankError
 from mxtorq.ranks import Ranks, ranks_from_environment
+from mxtorq.rounding import correction
 
 CASES = [
     ("llama", "torq", "gptq", True),
@@ -33,11 +34,14 @@ CASES = [
     # 2^29 / n times another: with the five here that is one entry in 10^7, of some 10^4.
     ("llama", "torq", "gptq", False),
     ("qwen3_moe", "hadamard", "gptq", False),
+    ("llama", "wush", "gptq:inputs=corrected", False),
 ]
 """Model, method, rounding, and whether sums are those of one process by order."""
 RESUMED = 2
 """The one that a single process has begun."""
 BATCH_TOKENS = 256
+CORRECTION_BLOCK = 64
+"""Channels, so that these narrow sites have blocks to share."""
 TOKENS = 1280
 """Five batches for two ranks: one of them has nothing to do in the last step."""
 
@@ -56,6 +60,7 @@ def main(folder: Path) -> None:
     """On each rank: all runs of the plan, and in the end one that is refused."""
     torch.set_num_threads(1)
     capture.BATCH_TOKENS = BATCH_TOKENS
+    moments.CORRECTION_BLOCK = correction.CORRECTION_BLOCK = CORRECTION_BLOCK
     plan = json.loads((folder / "plan.json").read_text())
     with ranks_from_environment(torch.device("cpu")) as ranks:
         for model, method, rounding, exact, out in plan["runs"]:
@@ -151,6 +156,8 @@ def test_two_ranks_write_the_bytes_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(capture, "BATCH_TOKENS", BATCH_TOKENS)
+    for module in (moments, correction):
+        monkeypatch.setattr(module, "CORRECTION_BLOCK", CORRECTION_BLOCK)
     model, method, rounding, _ = CASES[number]
     out = alone_made / f"{model}-{method}-{rounding}".replace(":", "-")
     if not out.exists():

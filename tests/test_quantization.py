@@ -124,18 +124,25 @@ def test_moments_that_a_rounding_does_not_ask_for_end_with_the_fit(
             moments[name].hessian()
 
 
+@pytest.mark.parametrize("rounded", [False, True])
 @pytest.mark.parametrize("method", ["wush", "smoothquant:sites=all"])
 def test_a_correction_gets_the_moments_of_plain_and_rounded_inputs(
-    method: str, tiny_folders: dict[str, Path], story: Path
+    method: str,
+    rounded: bool,
+    tiny_folders: dict[str, Path],
+    story: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = settings(story, method, Spy(correcting=True))
+    monkeypatch.setattr("mxtorq.moments.CORRECTION_BLOCK", 40)  # the last block has what is left
+    monkeypatch.setattr("mxtorq.rounding.correction.CORRECTION_BLOCK", 40)
+    recipe = settings(story, method, Spy(correcting=True, rounded=rounded))
     source = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
     untouched = pipeline.load_model(str(tiny_folders["qwen3"]), None, 0, "cpu")
     windows = pipeline.calibrate(source, recipe)
     Spy.seen.clear()
     Spy.moments.clear()
     quantize_(source, windows.ids, recipe, pipeline.silent)
-    assert len(Spy.moments) == len(Spy.seen) == 8
+    assert len(Spy.seen) == 8
 
     family = untouched.family
     layer = untouched.model.get_submodule(f"{family.layers}.0")
@@ -145,18 +152,22 @@ def test_a_correction_gets_the_moments_of_plain_and_rounded_inputs(
     )
     fitted = {name: recipe.method.fit(statistics[name], recipe.seed) for name in sites}
     rest, statistics = merge_diagonals_(layer, sites, fitted, statistics)
-    seen = zip(Spy.moments, Spy.seen, strict=True)
-    for name, ((plain, rounded, cross), (weight, hessian)) in zip(sites, seen, strict=False):
+    given = iter(Spy.moments)
+    for name, (weight, hessian) in zip(sites, Spy.seen, strict=False):
         rows = rest[name].apply(statistics[name].sample)  # all 512 tokens
         after = mxfp4.fake_quantize(rows).double()
         rows = rows.double()
         bound = 512 * torch.finfo(torch.float32).eps * (rows.T @ rows).diagonal().max() / len(rows)
-        for moment in (plain, hessian):  # one block: the models are narrow
-            assert (moment - rows.T @ rows / len(rows)).abs().max() <= bound, name
-        for found, expected in ((rounded, after.T @ after), (cross, rows.T @ after)):
-            # An activation next to a cut may fall to its other side.
-            assert (found - expected / len(rows)).norm() <= 1e-2 * found.norm(), name
-        assert (cross - cross.T).norm() > 0
+        for x, y in zip(rows.split(40, 1), after.split(40, 1), strict=True):
+            plain, made, cross = next(given)
+            assert (plain - x.T @ x / len(rows)).abs().max() <= bound, name
+            for found, expected in ((made, y.T @ y), (cross, x.T @ y)):
+                # An activation next to a cut may fall to its other side.
+                assert (found - expected / len(rows)).norm() <= 1e-2 * found.norm(), name
+            assert (cross - cross.T).norm() > 0
+        seen = after if rounded else rows
+        slack = 1e-2 * hessian.norm() if rounded else bound * len(hessian)
+        assert (hessian - seen.T @ seen / len(rows)).norm() <= slack, name
         stacked = rest[name].fuse(statistics[name].weight).float()
         assert torch.equal(weight, 2.0 * stacked)
 

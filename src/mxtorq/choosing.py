@@ -3,10 +3,10 @@
 Such a method (`TransformMethod.chooses`) fits candidates to the statistics of the first batches of
 the calibration text, and judges them on the last ones, an eighth of all, that no candidate has seen
 (`hold_out`). What an error is worth it reads off gradients (`calibration.gradients`), of the first
-batches where something is fitted to them, and of the last one where it is judged. When it has
-chosen, the moments of both parts are added up, so that weights are rounded by all tokens, and all
-of this costs one pass over the text, as for any method, and a backward pass over two batches and a
-few windows.
+batches where something is fitted to them, and of a few windows of the last one where it is judged.
+When it has chosen, the moments of both parts are added up, so that weights are rounded by all
+tokens, and all of this costs one pass over the text, as for any method, and a backward pass over
+two batches and these windows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +30,9 @@ from mxtorq.transforms.base import Judgement, SiteStatistics, Transform, Transfo
 from mxtorq.transforms.mxtorq.loss import GRADIENTS, evenly
 
 _EIGHTH = 8
+_JUDGED = 2 * GRADIENTS
+"""Tokens of the last batch that get gradients: more than are looked at, so that those are of
+several windows where windows are short."""
 
 
 def least_batches(method: TransformMethod) -> int:
@@ -85,7 +88,7 @@ def statistics_to_choose_by(
     """
     last = sum(ranks.all_json(len(inputs))) - 1
     capture = partial(capture_gradients, layer, sites, inputs, recipe.seed, ranks)
-    others = capture(batches=(last,), tokens=2 * GRADIENTS, weighs_outputs=False)
+    others = capture(batches=(last,), tokens=_JUDGED, weighs_outputs=False)
     some = {
         name: each.rows[evenly(len(each.rows), GRADIENTS).to(each.rows.device)]
         for name, each in others.items()

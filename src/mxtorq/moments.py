@@ -23,7 +23,7 @@ from mxtorq.kernels.dispatch import fake_quantize
 from mxtorq.models.family import Site
 from mxtorq.ranks import SOLO, Ranks
 from mxtorq.rounding.base import Rounding
-from mxtorq.rounding.correction import WITHIN
+from mxtorq.rounding.correction import CORRECTION_BLOCK
 from mxtorq.sharing import Group
 from mxtorq.transforms.base import SiteStatistics, Transform
 
@@ -66,19 +66,21 @@ def rounding_moments_(
         )
     plain = {name: partial(_take_hessian_, moments, name, transforms[name]) for name in sites}
     scale = recipe.activation_rule
+    asked = {name: _Kept(each) for name, each in plain.items()}
+    hessians = {name: each.take for name, each in asked.items()}
     if rounding.sees_rounded_inputs:
         rounded = capture_hessians(layer, sites, inputs, _after(transforms, scale), ranks)
-        return {name: Moments(partial(rounded.pop, name)) for name in sites}
+        hessians = {name: partial(rounded.pop, name) for name in sites}
     if not rounding.corrects_inputs:
-        return {name: Moments(plain[name]) for name in sites}
+        return {name: Moments(hessians[name]) for name in sites}
     both = {name: partial(_both, each, scale) for name, each in transforms.items()}
-    pairs = capture_pairs(layer, sites, inputs, WITHIN, both, ranks)
-    found = {}
-    for name in sites:
-        hessian = _Kept(plain[name])
-        correct = partial(_corrections, rounding, hessian.look, pairs[name])
-        found[name] = Moments(hessian.take, correct)
-    return found
+    pairs = capture_pairs(layer, sites, inputs, CORRECTION_BLOCK, both, ranks)
+    return {
+        name: Moments(
+            hessians[name], partial(_corrections, rounding, asked[name].look, pairs[name])
+        )
+        for name in sites
+    }
 
 
 def expert_moments(
@@ -127,7 +129,7 @@ def groups_of(
 
 def _rounds_by_plain(rounding: Rounding) -> bool:
     """Whether a rounding asks for the second moment of the inputs before their rounding."""
-    return rounding.needs_hessian and not rounding.sees_rounded_inputs
+    return rounding.needs_hessian and (rounding.corrects_inputs or not rounding.sees_rounded_inputs)
 
 
 def _before(transforms: Mapping[str, Transform]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -183,7 +185,8 @@ def _corrections(
     rounding: Rounding, hessian: Callable[[], Tensor], pairs: Sequence[Pair]
 ) -> list[Tensor]:
     moment = hessian()
-    spans = [slice(at, at + WITHIN) for at in range(0, len(moment), WITHIN)]
+    size = CORRECTION_BLOCK
+    spans = [slice(at, at + size) for at in range(0, len(moment), size)]
     return [
         rounding.correction(moment[span, span], *pair)
         for span, pair in zip(spans, pairs, strict=True)

@@ -5,6 +5,7 @@ import torch
 
 import tiny_models
 from mxtorq.calibration.capture import (
+    LayerInput,
     advance_,
     batches,
     capture_hessians,
@@ -114,18 +115,32 @@ def test_pairs_that_became_infinite_are_refused() -> None:
         capture_pairs(layer, sites, inputs, 64, both)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # without a mask, and with one a window
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
-def test_a_part_of_a_batch_is_that_of_its_first_windows(name: str) -> None:
+def test_a_part_of_a_batch_is_that_of_its_first_windows(name: str, attention: str) -> None:
     family, model = FAMILIES[name], tiny_models.build(name)
+    model.set_attn_implementation(attention)
     layer = model.get_submodule(f"{family.layers}.0")
-    ids = tiny_models.tokens(8, 8)  # as many windows as positions: what has a row for each is told
+    ids = tiny_models.tokens(8, 8)
     (whole,) = first_layer_inputs(model, family, ids)
     (few,) = first_layer_inputs(model, family, ids[:3])
-    part = whole.first(3)
+    part = whole.first(3 * 8 + 7)
     assert torch.equal(part.hidden, few.hidden)
-    assert str(part.arguments) == str(few.arguments)
     outputs = [layer(item.hidden, **item.arguments) for item in (part, few)]
     assert torch.equal(*(each[0] if isinstance(each, tuple) else each for each in outputs))
+    assert len(whole.first(1).hidden) == 1
+
+
+def test_only_what_every_window_shares_is_cut() -> None:
+    each, positions = torch.arange(12.0).expand(4, 1, 12), torch.arange(16.0).view(4, 4)
+    arguments = {"mask": each, "pair": (positions, each), "flag": True, "line": torch.arange(4)}
+    part = LayerInput(torch.zeros(4, 4, 2), arguments).first(8).arguments
+    assert torch.equal(part["mask"], each[:2])
+    assert torch.equal(part["pair"][1], each[:2])
+    # As many positions as windows: rows that differ are not those of windows.
+    assert torch.equal(part["pair"][0], positions)
+    assert torch.equal(part["line"], torch.arange(4))
+    assert part["flag"] is True
 
 
 def test_no_hook_stays_behind() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mxtorq import pipeline
-from mxtorq.calibration.capture import capture_sites
+from mxtorq.calibration.capture import capture_pairs, capture_sites
 from mxtorq.config import Recipe, parse_method, parse_rounding
 from mxtorq.loading.at_rest import staged_
 from mxtorq.loading.source import Source
@@ -16,6 +16,7 @@ from mxtorq.preflight import memory
 from mxtorq.preflight.job import Job, job_of
 from mxtorq.quantization import first_inputs
 from mxtorq.reports.needs import Budget
+from mxtorq.rounding.correction import CORRECTION_BLOCK
 from tiny_models import FAMILIES
 
 
@@ -56,6 +57,13 @@ def test_layers_activations_and_second_moments_are_as_large_as_they_are(
     found = capture_sites(layer, sites, inputs, 0)
     assert memory.moments(job) == nbytes(each.hessian for each in found.values())
     assert memory.moments(replace(job, recipe=recipe(story))) == 0
+    both = {name: lambda values: (values, values) for name in sites}
+    pairs = capture_pairs(layer, sites, inputs, CORRECTION_BLOCK, both)
+    corrected = recipe(story, "wush", "gptq:inputs=corrected")
+    more = nbytes(part for blocks in pairs.values() for pair in blocks for part in pair)
+    assert memory.moments(replace(job, recipe=corrected)) == memory.moments(job) + more
+    chosen = recipe(story, "mxtorq", "gptq")
+    assert memory.moments(replace(job, recipe=chosen)) == 2 * memory.moments(job)
     experts = [site for site in FAMILIES[family].sites if site.experts]
     hessians = [nbytes([found[site.name].hessian]) for site in experts]
     of_experts = max(hessians) + job.activations if hessians else 0  # one at a time

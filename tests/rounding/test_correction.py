@@ -7,7 +7,7 @@ from torch import Tensor
 from mxtorq.errors import FormatError, UsageError
 from mxtorq.formats.e8m0 import ScaleRule
 from mxtorq.kernels.dispatch import fake_quantize
-from mxtorq.rounding.correction import WITHIN, correct_, correction
+from mxtorq.rounding.correction import CORRECTION_BLOCK, correct_, correction
 from mxtorq.rounding.gptq import GPTQ, Inputs
 
 TOKENS, WIDTH = 4096, 64
@@ -121,11 +121,11 @@ def test_a_large_ridge_leaves_weights_alone_and_unseen_channels_are_harmless() -
     assert torch.equal(correction(*zeros, ridge=1e-3, coherence=3.0), torch.eye(WIDTH).double())
 
 
-@pytest.mark.parametrize("width", [32, WITHIN, 2 * WITHIN + 96])
+@pytest.mark.parametrize("width", [32, CORRECTION_BLOCK, 2 * CORRECTION_BLOCK + 96])
 def test_weights_are_corrected_in_float64_block_by_block(width: int) -> None:
     draw = torch.Generator().manual_seed(9)
     weights = torch.randn(70, width, generator=draw)
-    sides = [min(WITHIN, width - start) for start in range(0, width, WITHIN)]
+    sides = [min(CORRECTION_BLOCK, width - start) for start in range(0, width, CORRECTION_BLOCK)]
     matrices = [torch.randn(side, side, generator=draw).double() for side in sides]
     matrix = torch.block_diag(*matrices)
     expected, sizes = weights.double() @ matrix, weights.abs().double() @ matrix.abs()
@@ -136,7 +136,10 @@ def test_weights_are_corrected_in_float64_block_by_block(width: int) -> None:
 
 def test_a_correction_needs_a_matrix_for_each_block() -> None:
     with pytest.raises(ValueError, match="shorter"):
-        correct_(torch.randn(4, WITHIN + 32), [torch.eye(WITHIN, dtype=torch.float64)])
+        correct_(
+            torch.randn(4, CORRECTION_BLOCK + 32),
+            [torch.eye(CORRECTION_BLOCK, dtype=torch.float64)],
+        )
 
 
 def test_moments_of_nothing_real_are_refused() -> None:

@@ -45,9 +45,14 @@ class LayerInput:
         """How many they are of."""
         return self.hidden.shape[:-1].numel()
 
-    def first(self, windows: int) -> "LayerInput":
-        """The same of the first windows alone, which other arguments do not tell apart."""
-        return LayerInput(self.hidden[:windows], _cut(self.arguments, len(self.hidden), windows))
+    def first(self, tokens: int) -> "LayerInput":
+        """The same of the first windows alone, which other arguments do not tell apart.
+
+        ``tokens`` is how many they have together at most; it is one window at least.
+        """
+        hidden = self.hidden  # may be read from disk
+        windows = max(1, tokens // hidden.shape[1])
+        return LayerInput(hidden[:windows], _cut(self.arguments, len(hidden), windows))
 
 
 class _Stop(Exception):

@@ -73,7 +73,7 @@ def capture_gradients(
     heard = {name: site.linears if weighs_outputs else () for name, site in sites.items()}
     for number, item in mine:
         draw = torch.Generator().manual_seed(seed + number)
-        some = item if tokens is None else item.first(max(1, tokens // item.hidden.shape[1]))
+        some = item if tokens is None else item.first(tokens)
         at_inputs, at_outputs = _backward(layer, sites, heard, some, draw)
         for name in sites:
             rows[name].append(at_inputs[name])

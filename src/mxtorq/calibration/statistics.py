@@ -19,11 +19,11 @@ float16 and bfloat16 lose nothing, their products are exact in float32. Inputs i
 multiplied in float64, and so are inputs so large that a square could leave float32. The bound is
 that of IEEE arithmetic: it does not hold where torch was told to multiply in TF32.
 
-Of several ranks each sums up its own tokens, and `SiteAccumulator.join_` adds the sums. A float64
-sum of n float32 numbers is exact while the largest is below 2^29 / n times the smallest, so that
-their order shows in few entries, in the last bit. Where sums shall be those of one process to the
-bit in any case, every rank is given all tokens in their order instead and adds to some panels of
-the Hessian only: the others stay zero, and adding zeros is exact.
+Of several ranks each sums up its own tokens, and `join_` adds the sums. A float64 sum of n float32
+numbers is exact while the largest is below 2^29 / n times the smallest, so that their order shows
+in few entries, in the last bit. Where sums shall be those of one process to the bit in any case,
+every rank is given all tokens in their order instead and adds to some panels of the Hessian, or to
+some blocks of pairs, only: the others stay zero, and adding zeros is exact.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,10 +60,12 @@ class SiteAccumulator:
         seed: int,
         hessian: bool = True,
         ranks: Ranks = SOLO,
+        start: int = 0,
     ) -> None:
+        """``start`` is where its tokens begin in the text."""
         draw = torch.Generator().manual_seed(seed)
         self._positions = torch.randperm(tokens, generator=draw)[:SAMPLE_TOKENS].sort().values
-        self._site, self._ranks = site, ranks
+        self._site, self._ranks, self._start = site, ranks, start
         self._seen = self._next = 0
         side = width if hessian else 0
         self._sum = torch.zeros(side, side, dtype=torch.float64)  # its upper triangle
@@ -86,7 +88,7 @@ class SiteAccumulator:
             ModelError: one of them is NaN or Inf.
         """
         rows = inputs.flatten(0, -2)
-        amax = _finite_amax(rows, self._site, self._next)
+        amax = _finite_amax(rows, self._site, self._start + self._next)
         self._sum, self._amax = self._sum.to(rows.device), self._amax.to(rows.device)
         self._amax = torch.maximum(self._amax, amax.float())
         if len(self._sum):
@@ -147,7 +149,7 @@ class SplitAccumulator:
         """The last ``held_out`` of the ``tokens``; what is added at once is on one side."""
         self._boundary = tokens - held_out
         self._first = SiteAccumulator(site, width, self._boundary, seed, hessian, ranks)
-        self._last = SiteAccumulator(site, width, held_out, seed, hessian, ranks)
+        self._last = SiteAccumulator(site, width, held_out, seed, hessian, ranks, self._boundary)
         self._next = 0
 
     def seek(self, position: int) -> None:
@@ -212,10 +214,11 @@ class PairAccumulator:
         """Take in the next tokens' inputs.
 
         Raises:
-            ModelError: one of them is NaN or Inf after the change.
+            ModelError: one of them is NaN or Inf, before or after the change.
         """
         before, after = self._both(inputs.flatten(0, -2))
-        amax = channel_amax(before).maximum(_finite_amax(after, self._site, self._next))
+        sides = [_finite_amax(rows, self._site, self._next) for rows in (before, after)]
+        amax = sides[0].maximum(sides[1])
         self._sums = [sums.to(after.device) for sums in self._sums]
         for rows in zip(_summands(before, amax), _summands(after, amax), strict=True):
             blocks = zip(*(side.split(self._size, 1) for side in rows), strict=True)
@@ -228,15 +231,18 @@ class PairAccumulator:
 
     def join_(self) -> None:
         """As `SiteAccumulator.join_`."""
+        if self._ranks.size == 1:
+            return
         every = self._ranks.sum_(torch.cat([sums.flatten() for sums in self._sums]))
         parts = every.split([sums.numel() for sums in self._sums])
         self._sums = [part.view_as(sums) for part, sums in zip(parts, self._sums, strict=True)]
-        if self._ranks.size > 1 and not self._ranks.exact:
+        if not self._ranks.exact:
             self._seen = sum(self._ranks.all_json(self._seen))
 
     def finish(self) -> list[Pair]:
-        """The moments of everything that was added, block by block."""
-        return [Pair(*(sums / self._seen)) for sums in self._sums]
+        """The moments of everything that was added, block by block. The sums end here."""
+        sums, self._sums = self._sums, []
+        return [Pair(*each.div_(self._seen)) for each in sums]
 
 
 def _finite_amax(rows: Float[Tensor, "tokens d"], site: str, start: int) -> Float[Tensor, " d"]:

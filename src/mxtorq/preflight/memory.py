@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from mxtorq.calibration.gradients import BATCHES
 from mxtorq.preflight.job import BF16, Job, SiteSizes
 from mxtorq.reports.needs import Budget
-from mxtorq.rounding.correction import WITHIN
+from mxtorq.rounding.correction import CORRECTION_BLOCK
 from mxtorq.transforms.mxtorq.loss import GRADIENTS
 
 _DOUBLE, _FLOAT = 8, 4
@@ -112,6 +112,14 @@ def phases(job: Job, keep_activations: bool) -> list[Phase]:
             | {"choosing a transform": worst_site(job, lambda site: fitting(job, site))},
         ),
         Phase(
+            name="moments of rounded inputs",
+            compute=layers
+            | kept
+            | batch
+            | {"a forward pass": forward(job) + widened(job) + both_inputs(job)}
+            | {"second moments": moments(job)},
+        ),
+        Phase(
             name="rounding a layer",
             compute=layers
             | kept
@@ -196,6 +204,14 @@ def products(job: Job) -> int:
     return (copies + _FLOAT * _PANEL * width) if job.hessians else 0
 
 
+def both_inputs(job: Job) -> int:
+    """A batch of a site's transformed inputs in float32, the same rounded, and their magnitudes,
+    where a rounding asks for moments of rounded inputs."""
+    rounding = job.recipe.rounding
+    asked = rounding.sees_rounded_inputs or rounding.corrects_inputs
+    return 3 * _FLOAT * job.batch * _widest(job) if asked else 0
+
+
 def dequantized(job: Job) -> int:
     """The largest weight out of its codes, and one batch of transformed inputs in float32."""
     largest = max((site.largest for site in job.sites), default=0)
@@ -206,10 +222,14 @@ def moments(job: Job) -> int:
     """The Hessian of each site of a layer: 8 d^2. A method that chooses has one of the text that
     it fits to and one of the text that it judges by. A rounding that corrects weights for what it
     does to inputs has two moments more within blocks of 256 channels."""
+    if not job.hessians:
+        return 0
     each = 2 if job.recipe.method.chooses else 1
-    blocks = 2 * WITHIN if job.recipe.rounding.corrects_inputs else 0
-    numbers = sum((each * site.width + blocks) * site.width for site in job.sites)
-    return _DOUBLE * numbers if job.hessians else 0
+    pairs = 2 if job.recipe.rounding.corrects_inputs else 0
+    return _DOUBLE * sum(
+        site.width * (each * site.width + pairs * min(CORRECTION_BLOCK, site.width))
+        for site in job.sites
+    )
 
 
 def gradients(job: Job) -> int:

@@ -17,10 +17,11 @@ The factor k is `coherence`. A ridge pulls M towards I where calibration says li
 What it is for: floor cuts the largest values of a block, and every rounding to nearest shrinks.
 Nothing is added at run time.
 
-Within blocks of `WITHIN` channels. What rounding does to a block of 32 is a matter of these 32, and
-what other channels say about it they say by their correlation. Blocks of 256 leave what one M for
-the whole width leaves, to the measurement's precision, from two moments of 256 numbers a channel in
-place of two more matrices of the Hessian's size, and from solves that cost d 256^2 in place of d^3.
+Within blocks of `CORRECTION_BLOCK` channels. What rounding does to a block of 32 is a matter of
+these 32, and what other channels say about it they say by their correlation. Blocks of 256 leave
+what one M for the whole width leaves, to the measurement's precision, from two moments of 256
+numbers a channel in place of two more matrices of the Hessian's size, and from solves that cost
+d 256^2 in place of d^3.
 """
 
 from collections.abc import Sequence
@@ -31,12 +32,12 @@ from torch import Tensor
 
 from mxtorq.errors import FormatError
 
-WITHIN = 256
+CORRECTION_BLOCK = 256
 """Channels of a block; the last one has what is left."""
 
 _SOLID = 1e-4
-"""Of the mean diagonal, added to H before it is inverted: directions that no token had pull on
-nothing, and what float32 sums leave of a zero eigenvalue is far below."""
+"""Of the block's mean diagonal, added to H before it is inverted: directions that no token had pull
+on nothing, and what float32 sums leave of a zero eigenvalue is far below."""
 
 
 def correction(
@@ -77,7 +78,7 @@ def correct_(
     weight: Float32[Tensor, "d_out d"], matrices: Sequence[Float64[Tensor, "_ _"]]
 ) -> None:
     """Replace W' by W' M^T, block by block of its columns and in float64."""
-    for columns, matrix in zip(weight.split(WITHIN, 1), matrices, strict=True):
+    for columns, matrix in zip(weight.split(CORRECTION_BLOCK, 1), matrices, strict=True):
         columns.copy_(columns.double() @ matrix)
 
 

@@ -24,7 +24,7 @@ from mxtorq.transforms.duquant.method import DuQuantPlusPlus
 from mxtorq.transforms.hadamard import Hadamard, sylvester
 from mxtorq.transforms.hires.method import HiRes
 from mxtorq.transforms.mxtorq.layer_aware import (
-    Moments,
+    BlockMoments,
     at_best_scale,
     layer_aware,
     layer_smooth,
@@ -57,7 +57,7 @@ _ROWS = 512  # of the metric that go through a step at once
 class Seen(NamedTuple):
     """What layer-aware transforms are fitted to."""
 
-    moments: Moments
+    moments: BlockMoments
     """In the largest blocks that any of them has there."""
     sample: Float[Tensor, "sampled d"]
 

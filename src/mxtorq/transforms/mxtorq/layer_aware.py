@@ -42,7 +42,7 @@ PHASES = (0.0, 0.25, 0.5, 0.75)
 """Logarithms of the factors that are tried, to base 2."""
 
 
-class Moments(NamedTuple):
+class BlockMoments(NamedTuple):
     """Second moments within blocks of one size."""
 
     inputs: Float64[Tensor, "blocks n n"]
@@ -50,14 +50,16 @@ class Moments(NamedTuple):
     errors: Float64[Tensor, "blocks n n"]
     """B, of the rows g: what an error of an input costs."""
 
-    def within(self, size: int) -> "Moments":
+    def within(self, size: int) -> "BlockMoments":
         """Those of smaller blocks: they lie on the diagonals of these."""
-        return Moments(
+        return BlockMoments(
             *(torch.cat([diagonal_blocks(each, size) for each in side]) for side in self)
         )
 
 
-def moments_of(statistics: SiteStatistics, metric: Float[Tensor, "rows d"], size: int) -> Moments:
+def moments_of(
+    statistics: SiteStatistics, metric: Float[Tensor, "rows d"], size: int
+) -> BlockMoments:
     """Both moments in blocks of ``size``, which divides the width.
 
     Args:
@@ -66,10 +68,10 @@ def moments_of(statistics: SiteStatistics, metric: Float[Tensor, "rows d"], size
         size: of the blocks.
     """
     inputs = diagonal_blocks(statistics.hessian, size).clone()  # not to keep what it is a view of
-    return Moments(inputs, block_moments(metric, size))
+    return BlockMoments(inputs, block_moments(metric, size))
 
 
-def layer_aware(moments: Moments, damping: float) -> BlockMatrices:
+def layer_aware(moments: BlockMoments, damping: float) -> BlockMatrices:
     """The transform in blocks of the moments' size.
 
     ``damping`` is the part of the mean diagonal that is added to both.
@@ -103,7 +105,10 @@ def block_moments(rows: Float[Tensor, "rows d"], size: int) -> Float64[Tensor, "
 
 
 def at_best_scale(
-    transform: BlockMatrices, moments: Moments, sample: Float[Tensor, "sampled d"], scale: Scale
+    transform: BlockMatrices,
+    moments: BlockMoments,
+    sample: Float[Tensor, "sampled d"],
+    scale: Scale,
 ) -> BlockMatrices:
     """The transform with the columns of each MX block multiplied by its best factor.
 
