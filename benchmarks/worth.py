@@ -5,8 +5,8 @@
 For each profile of outliers in each record: the loss of perplexity over the unquantized model and
 the KL of both rows, mean and standard deviation over seeds, and the ratio of the means. The
 interval of a ratio is the bootstrap's, at 95 %: the windows of the text are drawn again, the same
-for both rows, and the seeds of each. It is of percentiles, unlike that of a difference in the tables
-of `compare`: a ratio has no standard error of its own to divide by. With few seeds it is too narrow.
+for both rows, and the seeds of each. It is of percentiles, unlike that of a difference in tables of
+`compare`: a ratio has no standard error of its own to divide by. With few seeds it is too narrow.
 """
 
 import argparse
