@@ -16,7 +16,7 @@ FAULTS = int(os.environ.get("MXTORQ_FAULTS", "1"))
 """How many times as many points as usual are tried."""
 
 
-RUNS = ("kept", "spilled", "rotated", "rotated-spilled")
+RUNS = ("kept", "spilled", "rotated", "rotated-spilled", "chosen")
 SEED = 20 if FAULTS == 1 else time.time_ns() % 2**32
 """Of all that is drawn: the same points each time, unless more are asked for."""
 
