@@ -140,8 +140,11 @@ def test_ratios_are_to_the_baseline_with_the_same_outliers() -> None:
 
 def test_seeds_become_one_line_with_their_spread() -> None:
     """The sample standard deviation of 2, 4 and 6 is 2."""
-    values = [row("torq", value, seed=seed) for seed, value in enumerate((2.0, 4.0, 6.0))]
-    other = row("torq", 3.0, rounding="gptq")
+    values = [
+        row("torq", value, seed=seed, multiply_adds_per_token=1000 * seed, extra_bytes=5)
+        for seed, value in enumerate((2.0, 4.0, 6.0))
+    ]
+    other = row("torq", 3.0, rounding="gptq", multiply_adds_per_token=None)
     results = Results(rows=(row("bf16", 2.0), *values, other), versions={})
     table = cells(results)
     assert len(table) == 3
@@ -149,7 +152,9 @@ def test_seeds_become_one_line_with_their_spread() -> None:
     assert table[1][0] == "torq (3 seeds)"
     assert table[1][4] == "4.0000 ± 2.0000"
     assert table[1][5] == "+100.00 ± 100.00 %"
+    assert table[1][10:12] == ["1,000", "5"]  # a method may choose other transforms for each seed
     assert table[2][:5] == ["torq", "none", "gptq", "floor", "3.0000"]
+    assert table[2][10] == "-"
 
 
 def test_scales_that_no_hardware_has_stand_apart() -> None:

@@ -36,6 +36,13 @@ _COLUMNS = (
     "search s",
     "total s",
 )
+_MEANS = {
+    "multiply_adds_per_token": ",.0f",
+    "extra_bytes": ",.0f",
+    "search_seconds": ".1f",
+    "quantize_seconds": ".1f",
+}
+"""The last columns: means over seeds. A method that chooses has other transforms for each seed."""
 _TEXT_COLUMNS = 4
 _GIVEN_UP_FIRST = ("search s", "bytes", "total s", "MACs", "SQNR", "KL", "95 %", "vs best")
 _TOLD = {
@@ -306,15 +313,15 @@ def _cells(group: list[Row], baseline: Row | None, word: str = "-") -> list[str]
         "-" if row.rounding is None else _spread(losses, "+.2f", " %"),
         interval_cell(group, baseline),
         word,
-        _spread([each.kl for each in group if each.kl is not None], ".4f"),
+        _spread(_known(group, "kl"), ".4f"),
         _spread([sqnr_db(error) for error in errors], ".2f", " dB"),
-        "-" if row.multiply_adds_per_token is None else f"{row.multiply_adds_per_token:,}",
-        "-" if row.extra_bytes is None else f"{row.extra_bytes:,}",
-        _spread([r.search_seconds for r in group if r.search_seconds is not None], ".1f", "", 1),
-        _spread(
-            [r.quantize_seconds for r in group if r.quantize_seconds is not None], ".1f", "", 1
-        ),
+        *(_spread(_known(group, figure), form, "", 1) for figure, form in _MEANS.items()),
     ]
+
+
+def _known(group: list[Row], figure: str) -> list[float]:
+    values = [getattr(row, figure) for row in group]
+    return [float(value) for value in values if value is not None]
 
 
 def _spread(values: Sequence[float], form: str, unit: str = "", most: int = 2) -> str:
