@@ -19,12 +19,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mxtorq.reports.against import BF16
 from mxtorq.reports.intervals import RESAMPLES, require_paired
 from mxtorq.reports.schema import Results, Row
 from record import table
 
 METHODS = "wush/gptq", "mxtorq/gptq:exponents=3:search=outputs:sweeps=2:inputs=corrected"
-BF16 = "bf16"
 
 
 class Pair(NamedTuple):

@@ -238,8 +238,8 @@ def capture_pairs(
     both: Mapping[str, Callable[[Tensor], tuple[Tensor, Tensor]]],
     ranks: Ranks = SOLO,
 ) -> dict[str, list[Pair]]:
-    """The moments of the two things that a function of each site makes of its inputs, in blocks of
-    ``size`` channels; the last block has what is left.
+    """What a function of each site makes of its inputs, before and after a change: the moments of
+    what is after it, and across, in blocks of ``size`` channels. The last has what is left.
 
     Raises:
         ModelError: an activation is NaN or Inf.
